@@ -1,0 +1,79 @@
+"""Learning rate, weight decay and EMA momentum as pure functions of the step, as the reference code has them.
+
+Step 0 is the first optimizer step. The reference advances its lr and weight decay schedulers before it uses them, so
+these two count from 1, the momentum from 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What changes with the step."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The three schedules of a run.
+
+    ``horizon`` is the schedules' length in steps. Longer than the run (``schedule_scale`` > 1), the run ends before the
+    lr has reached ``lr_final``; beyond the horizon every value stays at its end.
+    """
+
+    warmup_steps: int
+    horizon: int
+    lr_start: float
+    lr_peak: float
+    lr_final: float
+    weight_decay: tuple[float, float]
+    momentum: tuple[float, float]
+
+    def at(self, step: int) -> Hyperparameters:
+        """The values to use in ``step``, counted from 0."""
+        return Hyperparameters(self._lr(step + 1), self._weight_decay(step + 1), self._momentum(step))
+
+    def _lr(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.lr_start + step / self.warmup_steps * (self.lr_peak - self.lr_start)
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.horizon - self.warmup_steps))
+        return self.lr_final + (self.lr_peak - self.lr_final) * (1 + math.cos(math.pi * progress)) / 2
+
+    def _weight_decay(self, step: int) -> float:
+        start, final = self.weight_decay
+        # Cosine as in the reference code; the paper's appendix A.1 says linear.
+        return final + (start - final) * (1 + math.cos(math.pi * min(1.0, step / self.horizon))) / 2
+
+    def _momentum(self, step: int) -> float:
+        start, final = self.momentum
+        return start + min(1.0, step / self.horizon) * (final - start)
+
+
+def build_schedules(
+    *,
+    steps_per_epoch: int,
+    epochs: float,
+    warmup_epochs: float,
+    schedule_scale: float,
+    lr_start: float,
+    lr_peak: float,
+    lr_final: float,
+    weight_decay: tuple[float, float],
+    momentum: tuple[float, float],
+) -> Schedules:
+    """Schedules in steps from a recipe in epochs; ``schedule_scale`` is the reference's ``ipe_scale``."""
+    return Schedules(
+        warmup_steps=int(warmup_epochs * steps_per_epoch),
+        horizon=int(schedule_scale * epochs * steps_per_epoch),
+        lr_start=lr_start,
+        lr_peak=lr_peak,
+        lr_final=lr_final,
+        weight_decay=weight_decay,
+        momentum=momentum,
+    )
