@@ -1,12 +1,13 @@
 """Label-free health of a run, from the target encoder's features BEFORE the target layer norm.
 
-The loss of a joint-embedding method says little about progress (it may rise while features improve, and dips when they collapse),
-so these numbers watch the features themselves. The layer norm of the targets would hide a collapse of scale: do not apply it first.
+The loss of a joint-embedding method says little about progress (it may rise while features improve, and dips when they
+collapse), so these numbers watch the features themselves. The layer norm of the targets would hide a collapse of scale:
+do not apply it first.
 
 Shapes: B images, N patches, D encoder width.
 
-Every function computes in float32 whatever the dtype it is given, takes no gradient, and answers NaN (never an exception) for
-features that are not finite, so that a diverging run still gets its log line.
+Every function computes in float32 whatever the dtype it is given, takes no gradient, and answers NaN (never an
+exception) for features that are not finite, so that a diverging run still gets its log line.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def health(tokens: Tensor) -> dict[str, float]:
         tokens: [B, N, D], the target encoder's output before the target layer norm.
 
     Returns:
-        ``rankme``, ``feature_std``, ``mean_cosine`` of the features averaged over patches [B, D], and ``token_variance``.
+        ``rankme``, ``feature_std``, ``mean_cosine`` of the features averaged over patches [B, D], and
+        ``token_variance``.
     """
     tokens = tokens.float()
     features = tokens.mean(dim=1)  # [B, D]
@@ -44,8 +46,8 @@ def health(tokens: Tensor) -> dict[str, float]:
 def rankme(features: Tensor) -> float:
     """Effective rank: exp of the entropy of the normalised singular values (RankMe, arXiv 2210.02885, eq. 1).
 
-    Between 1 (all features on one line through the origin) and min(B, D). It grows with B until B is well above D, so compare
-    values of equal B only.
+    Between 1 (all features on one line through the origin) and min(B, D). It grows with B until B is well above D, so
+    compare values of equal B only.
 
     Args:
         features: [B, D], not centred (as in the paper).
@@ -55,8 +57,8 @@ def rankme(features: Tensor) -> float:
         return math.nan
     try:
         singular_values = torch.linalg.svdvals(_scaled_to_one(features))
-    except torch.linalg.LinAlgError:  # the iteration did not converge: badly conditioned, which is no reason to stop a run
-        return math.nan
+    except torch.linalg.LinAlgError:
+        return math.nan  # the iteration did not converge, which is no reason to stop a run
     shares = singular_values / (singular_values.sum() + RANKME_EPSILON) + RANKME_EPSILON
     return torch.exp(-(shares * shares.log()).sum()).item()
 
@@ -65,8 +67,8 @@ def rankme(features: Tensor) -> float:
 def feature_std(features: Tensor) -> float:
     """Standard deviation over images of each l2-normalised feature, mean over features.
 
-    About 1/sqrt(D) where features spread over the sphere, 0 where all images have the same one (SimSiam, arXiv 2011.10566, section
-    4.1). NaN for fewer than two images.
+    About 1/sqrt(D) where features spread over the sphere, 0 where all images have the same one (SimSiam, arXiv
+    2011.10566, section 4.1). NaN for fewer than two images.
 
     Args:
         features: [B, D].
@@ -79,7 +81,7 @@ def feature_std(features: Tensor) -> float:
 
 @torch.no_grad()
 def mean_cosine(features: Tensor) -> float:
-    """Mean cosine similarity over all pairs of two different images; 1 where all point the same way. NaN for fewer than two.
+    """Mean cosine over all pairs of two different images; 1 where all point the same way. NaN for fewer than two.
 
     Args:
         features: [B, D]. A feature of length zero counts as orthogonal to every other.
@@ -96,7 +98,7 @@ def mean_cosine(features: Tensor) -> float:
 
 @torch.no_grad()
 def token_variance(tokens: Tensor) -> float:
-    """Variance of the tokens within an image, mean over images and features; 0 where all patches of an image look the same.
+    """Variance of the tokens within an image, mean over images and features; 0 where all patches have one feature.
 
     Args:
         tokens: [B, N, D].

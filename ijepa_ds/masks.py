@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numba import njit
@@ -40,6 +41,49 @@ class BlockSizes:
     @property
     def target_tokens(self) -> int:
         return self.target[0] * self.target[1]
+
+
+@njit(cache=True)
+def _between(bounds, number):
+    return bounds[0] + number * (bounds[1] - bounds[0])
+
+
+@njit(cache=True)
+def _clip(length, side):
+    return max(1, min(round(length), side))
+
+
+@njit(cache=True)
+def multiblock_sizes(scale, aspect, context, grid, target_scale, aspect_ratio, context_scale):
+    """Target rows and columns, context rows and columns from three numbers in [0, 1]."""
+    area = grid[0] * grid[1] * _between(target_scale, scale)
+    ratio = _between(aspect_ratio, aspect)  # height over width
+    # The paper's context block is square on a square image; on any other it keeps the image's shape.
+    side = math.sqrt(_between(context_scale, context))
+    target = _clip(math.sqrt(area * ratio), grid[0]), _clip(math.sqrt(area / ratio), grid[1])
+    return target[0], target[1], _clip(grid[0] * side, grid[0]), _clip(grid[1] * side, grid[1])
+
+
+@njit(cache=True)
+def reference_sizes(target, context, unused, grid, target_scale, aspect_ratio, context_scale):
+    """The released code's sizes: one number for scale and aspect ratio, blocks strictly smaller than the grid."""
+    target_area = int(grid[0] * grid[1] * _between(target_scale, target))
+    context_area = int(grid[0] * grid[1] * _between(context_scale, context))
+    ratio = _between(aspect_ratio, target)
+    return (
+        min(round(math.sqrt(target_area * ratio)), grid[0] - 1),
+        min(round(math.sqrt(target_area / ratio)), grid[1] - 1),
+        min(round(math.sqrt(context_area)), grid[0] - 1),
+        min(round(math.sqrt(context_area)), grid[1] - 1),
+    )
+
+
+@njit(cache=True)
+def draw_sizes(sizes, seed, step, grid, target_scale, aspect_ratio, context_scale):
+    """The block sizes of a step by one of the two functions above."""
+    key = stream(seed, BLOCK_SIZE, step, 0)
+    numbers = uniform(key, 0), uniform(key, 1), uniform(key, 2)
+    return sizes(numbers[0], numbers[1], numbers[2], grid, target_scale, aspect_ratio, context_scale)
 
 
 @njit(cache=True)
@@ -157,8 +201,8 @@ def _smallest_context(seed, step, samples, grid, target, context, min_keep, num_
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiblockSampler:
-    """The paper's masks; see the module's text. ``grid`` is (rows, columns) of patches."""
+class _Sampler:
+    """What both samplers share. ``grid`` is (rows, columns) of patches."""
 
     seed: int
     grid: tuple[int, int]
@@ -166,7 +210,46 @@ class MultiblockSampler:
     target_scale: tuple[float, float] = (0.15, 0.2)
     target_aspect_ratio: tuple[float, float] = (0.75, 1.5)
     context_scale: tuple[float, float] = (0.85, 1.0)
+
+    @property
+    def geometry(self) -> tuple:
+        """The last arguments of :func:`draw_sizes`."""
+        return self.grid, self.target_scale, self.target_aspect_ratio, self.context_scale
+
+    def block_sizes(self, step: int) -> BlockSizes:
+        """The sizes that the whole global batch of ``step`` shares: equal shapes on every rank."""
+        sizes = draw_sizes(self.draw_size, np.uint64(self.seed), step, *self.geometry)
+        return BlockSizes(sizes[:2], sizes[2:])
+
+    def max_target_tokens(self) -> int:
+        """The largest T of any step."""
+        return max(sizes.target_tokens for sizes in self._possible_sizes())
+
+    def draw(self, step: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        """Context int32 [K] (of ``reference``: not truncated) and targets int32 [M, T] of one image."""
+        sizes = self.block_sizes(step)
+        tokens = np.empty(self.context_room, np.int32)
+        targets = np.empty((self.num_targets, sizes.target_tokens), np.int32)
+        seed = np.uint64(self.seed)
+        kept = self.draw_image(seed, step, sample, self.grid, sizes.target, sizes.context, self.limit, tokens, targets)
+        return tokens[:kept], targets
+
+    def _possible_sizes(self) -> set[BlockSizes]:
+        """Every size that a step can have, scanned finely enough for grids of thousands of patches."""
+        fine, coarse = [i / 400 for i in range(401)], [i / 40 for i in range(41)]
+        found = {self.draw_size(a, b, 0.0, *self.geometry) for a in fine for b in coarse}
+        found |= {self.draw_size(b, a, 0.0, *self.geometry) for a in fine for b in coarse}
+        contexts = {self.draw_size(0.0, a, a, *self.geometry)[2:] for a in fine}
+        return {BlockSizes(sizes[:2], context) for sizes in found for context in contexts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiblockSampler(_Sampler):
+    """The paper's masks; see the module's text."""
+
     context_tokens: int
+    draw_size: ClassVar = staticmethod(multiblock_sizes)
+    draw_image: ClassVar = staticmethod(draw_multiblock)
 
     def __post_init__(self) -> None:
         worst = min(self._possible_sizes(), key=self._room)
@@ -177,43 +260,19 @@ class MultiblockSampler:
                 f"of {_by(worst.target)}; lower masks.context_tokens or masks.target_scale"
             )
 
-    def block_sizes(self, step: int) -> BlockSizes:
-        """The sizes that the whole global batch of ``step`` shares: equal shapes on every rank."""
-        key = np.uint64(stream(np.uint64(self.seed), BLOCK_SIZE, step, 0))
-        return self._sizes(*(uniform(key, counter) for counter in range(3)))
+    @property
+    def limit(self) -> int:
+        """What a draw must reach: K tokens."""
+        return self.context_tokens
 
-    def max_target_tokens(self) -> int:
-        """The largest T of any step."""
-        return max(sizes.target_tokens for sizes in self._possible_sizes())
-
-    def draw(self, step: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """Context int32 [K] and targets int32 [M, T] of one image."""
-        sizes = self.block_sizes(step)
-        tokens = np.empty(self.context_tokens, np.int32)
-        targets = np.empty((self.num_targets, sizes.target_tokens), np.int32)
-        draw_multiblock(
-            np.uint64(self.seed), step, sample, self.grid, sizes.target, sizes.context, self.context_tokens, tokens, targets
-        )
-        return tokens, targets
+    @property
+    def context_room(self) -> int:
+        """The most context tokens that an image can have."""
+        return self.context_tokens
 
     def context_count(self, step: int, group: np.ndarray) -> int:
         """Context tokens of every image of a batch: K, whatever the batch."""
         return self.context_tokens
-
-    def _sizes(self, scale: float, aspect: float, context: float) -> BlockSizes:
-        rows, columns = self.grid
-        area = rows * columns * _between(self.target_scale, scale)
-        ratio = _between(self.target_aspect_ratio, aspect)  # height over width
-        target = (_clip(math.sqrt(area * ratio), rows), _clip(math.sqrt(area / ratio), columns))
-        # The paper's context block is square on a square image; on any other it keeps the image's shape.
-        side = math.sqrt(_between(self.context_scale, context))
-        return BlockSizes(target, (_clip(rows * side, rows), _clip(columns * side, columns)))
-
-    def _possible_sizes(self) -> set[BlockSizes]:
-        steps = [i / 60 for i in range(61)]
-        targets = {self._sizes(scale, aspect, 0.0).target for scale in steps for aspect in steps}
-        contexts = {self._sizes(0.0, 0.0, context).context for context in steps}
-        return {BlockSizes(target, context) for target in targets for context in contexts}
 
     def _room(self, sizes: BlockSizes) -> int:
         """The most context patches that any draw leaves: the blocks in opposite corners."""
@@ -222,48 +281,34 @@ class MultiblockSampler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceSampler:
+class ReferenceSampler(_Sampler):
     """The released code's masks; see the module's text. Kept for comparison, defects included."""
 
-    seed: int
-    grid: tuple[int, int]
-    num_targets: int = 4
-    target_scale: tuple[float, float] = (0.15, 0.2)
-    target_aspect_ratio: tuple[float, float] = (0.75, 1.5)
-    context_scale: tuple[float, float] = (0.85, 1.0)
     min_keep: int = 10
     truncation_group: int = 128
+    draw_size: ClassVar = staticmethod(reference_sizes)
+    draw_image: ClassVar = staticmethod(draw_reference)
 
     def __post_init__(self) -> None:
-        sizes = [self._sizes(i / 1000, j / 50) for i in range(1001) for j in range(51)]
-        target = min((size.target for size in sizes), key=lambda block: block[0] * block[1])
-        context = min((size.context for size in sizes), key=lambda block: block[0] * block[1])
-        for name, block in (("target", target), ("context", context)):
-            if block[0] * block[1] <= self.min_keep or min(block) < 1:
+        sizes = self._possible_sizes()
+        for name, blocks in (("target", {s.target for s in sizes}), ("context", {s.context for s in sizes})):
+            smallest = min(blocks, key=lambda block: block[0] * block[1])
+            if smallest[0] * smallest[1] <= max(0, self.min_keep):
                 raise UserError(
                     f"the reference sampler never ends on a grid of {_by(self.grid)} patches: a {name} block of "
-                    f"{_by(block)} does not hold more than masks.min_keep = {self.min_keep} patches; lower "
+                    f"{_by(smallest)} does not hold more than masks.min_keep = {self.min_keep} patches; lower "
                     "masks.min_keep or set masks.sampler to multiblock"
                 )
 
-    def block_sizes(self, step: int) -> BlockSizes:
-        """The sizes of ``step``. The released code draws them once per batch and iteration, alike on every rank."""
-        key = np.uint64(stream(np.uint64(self.seed), BLOCK_SIZE, step, 0))
-        return self._sizes(uniform(key, 0), uniform(key, 1))
+    @property
+    def limit(self) -> int:
+        """What a draw must exceed."""
+        return self.min_keep
 
-    def max_target_tokens(self) -> int:
-        """The largest T of any step."""
-        return max(self._sizes(i / 1000, 0.0).target_tokens for i in range(1001))
-
-    def draw(self, step: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """Context int32 [K], not truncated, and targets int32 [M, T] of one image."""
-        sizes = self.block_sizes(step)
-        tokens = np.empty(self.grid[0] * self.grid[1], np.int32)
-        targets = np.empty((self.num_targets, sizes.target_tokens), np.int32)
-        kept = draw_reference(
-            np.uint64(self.seed), step, sample, self.grid, sizes.target, sizes.context, self.min_keep, tokens, targets
-        )
-        return tokens[:kept], targets
+    @property
+    def context_room(self) -> int:
+        """The most context tokens that an image can have."""
+        return self.grid[0] * self.grid[1]
 
     def context_count(self, step: int, group: np.ndarray) -> int:
         """Context tokens that every image of a truncation group keeps: the group's minimum. ``group``: samples [G]."""
@@ -271,19 +316,6 @@ class ReferenceSampler:
         return _smallest_context(
             np.uint64(self.seed), step, group, self.grid, sizes.target, sizes.context, self.min_keep, self.num_targets
         )
-
-    def _sizes(self, target: float, context: float) -> BlockSizes:
-        # One number for scale and aspect ratio, and blocks strictly smaller than the grid: as released.
-        return BlockSizes(
-            self._block(target, self.target_scale, self.target_aspect_ratio),
-            self._block(context, self.context_scale, (1.0, 1.0)),
-        )
-
-    def _block(self, number: float, scale: tuple[float, float], aspect: tuple[float, float]) -> tuple[int, int]:
-        rows, columns = self.grid
-        area = int(rows * columns * _between(scale, number))
-        ratio = _between(aspect, number)
-        return min(round(math.sqrt(area * ratio)), rows - 1), min(round(math.sqrt(area / ratio)), columns - 1)
 
 
 MaskSampler = MultiblockSampler | ReferenceSampler
@@ -293,14 +325,6 @@ def default_context_tokens(grid: tuple[int, int]) -> int:
     """The context budget K: 72 of the 256 patches of ViT-H/14 at 224 (98.4 % of all draws hold as many), in proportion
     on other grids. Close to what the released code keeps at 128 images a GPU (68.3), so as costly as the reference."""
     return max(1, round(grid[0] * grid[1] * 72 / 256))
-
-
-def _between(bounds: tuple[float, float], number: float) -> float:
-    return bounds[0] + number * (bounds[1] - bounds[0])
-
-
-def _clip(length: float, side: int) -> int:
-    return max(1, min(round(length), side))
 
 
 def _by(block: tuple[int, int]) -> str:

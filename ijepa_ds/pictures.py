@@ -14,21 +14,22 @@ import torch
 from torch import Tensor
 
 PANEL_PIXELS = 192  # smaller images are enlarged by the largest whole factor that stays within this
-GAP_PIXELS = 4  # between the panels of one image; images are 3 times as far apart
+GAP_PIXELS = 4  # between the panels of one image; cells are 3 times as far apart
 BACKGROUND = np.array([255, 255, 255], np.float32)
-HIDDEN = np.array([38, 40, 46], np.float32)  # what a hidden patch fades to
-HIDDEN_STRENGTH = 0.88
+HIDDEN = np.array([112, 112, 116], np.float32)  # hidden patches fade to mid-grey, apart from dark and from light images
+HIDDEN_STRENGTH = 0.85
 TINT_STRENGTH = 0.45
 # Okabe and Ito's colours, distinct for colour-blind readers too (black and grey left out).
 BLOCK_COLOURS = np.array(
-    [[230, 159, 0], [86, 180, 233], [0, 158, 115], [204, 121, 167], [240, 228, 66], [0, 114, 178], [213, 94, 0]], np.float32
+    [[230, 159, 0], [86, 180, 233], [0, 158, 115], [204, 121, 167], [240, 228, 66], [0, 114, 178], [213, 94, 0]],
+    np.float32,
 )
 
 
 def draw_masks(
     images: np.ndarray, context_block: np.ndarray, target_blocks: np.ndarray, *, grid: tuple[int, int]
 ) -> np.ndarray:
-    """One sheet of cells, one cell an image: the image | what the context encoder sees | the target blocks, a colour each.
+    """One sheet, a cell per image: the image | what the context encoder sees | the target blocks, a colour each.
 
     Args:
         images: uint8 [B, H, W, 3]; H and W are multiples of the grid's rows and columns.
@@ -74,14 +75,15 @@ def feature_sheet(images: np.ndarray, tokens: Tensor, *, grid: tuple[int, int]) 
 def pca_rgb(tokens: Tensor, *, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     """The first three principal components over all tokens of the batch as red, green and blue.
 
-    Colours mean the same in every image of the batch, nothing across batches or steps. Each component is stretched from its 1st to
-    its 99th percentile; its sign is the one that makes its largest loading positive. A component without variance is mid-grey,
-    and so is the whole picture where a token is not finite.
+    Colours mean the same in every image of the batch, nothing across batches or steps. Each component is stretched from
+    its 1st to its 99th percentile; its sign is the one that makes its largest loading positive. A component without
+    variance is mid-grey, and so is the whole picture where a token is not finite.
 
     Args:
         tokens: [B, N, D], any float dtype and device.
         grid: (rows, columns) of patches.
-        size: (height, width) of the result in pixels; a patch is enlarged as it is (nearest), so that patches can be told apart.
+        size: (height, width) of the result in pixels; a patch is enlarged as it is (nearest), so that patches can be
+            told apart.
 
     Returns:
         uint8 [B, H, W, 3].
@@ -178,8 +180,8 @@ def _enlarge(images: np.ndarray) -> np.ndarray:
 
 
 def _sheet(cells: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Cells of equal panels, laid out row by row so that many images still make a landscape picture."""
-    columns = max(1, round(math.sqrt(len(cells) / 2)))
+    """Cells of equal panels, row by row; 1, 2, 4 ... cells wide, so that many images still make a landscape picture."""
+    columns = 2 ** max(0, round(math.log2(len(cells) / 2) / 2))
     rows = math.ceil(len(cells) / columns)
     height, width = cells[0][0].shape[:2]
     cell_width = len(cells[0]) * (width + GAP_PIXELS) - GAP_PIXELS
