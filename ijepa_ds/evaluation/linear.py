@@ -22,7 +22,8 @@ from ijepa_ds.evaluation import check_every_class, check_features, check_labels,
 LOGISTIC_L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # strong to weak: each fit starts from the one before
 RIDGE_L2 = (1e2, 1e1, 1e0, 1e-1, 1e-2, 1e-3, 1e-4)
 HELD_OUT_SHARE = 0.15
-MAX_ITERATIONS = 100
+MAX_ITERATIONS = 100  # about 20 are taken
+GRADIENT_TOLERANCE = 1e-4  # largest entry, in the whitened basis
 
 
 @dataclass(frozen=True)
@@ -86,28 +87,24 @@ def linear_probe(
     strengths = sorted(strengths, reverse=True)
 
     held_out = stratified_split(train_labels, seed=seed)
-    fitted_part = _standardise(train_features[~held_out])
-    held_out_accuracy, start = {}, None
+    fitted_part, fitted_labels = _standardise(train_features[~held_out]), train_labels[~held_out]
+    held_out_rows, held_out_accuracy, fit = fitted_part.apply(train_features[held_out]), {}, None
     for l2 in strengths:
-        start = _fit_logistic(fitted_part.rows, train_labels[~held_out], start, num_classes=num_classes, l2=l2)
-        logits = fitted_part.apply(train_features[held_out]) @ start[:-1] + start[-1]
-        held_out_accuracy[l2] = _percent_correct(logits.argmax(dim=1), train_labels[held_out])
+        fit = _fit_logistic(fitted_part, fitted_labels, fit, num_classes=num_classes, l2=l2)
+        held_out_accuracy[l2] = _percent_correct(_classify(held_out_rows, *fit), train_labels[held_out])
     best_l2 = max(strengths, key=lambda l2: (held_out_accuracy[l2], l2))
 
-    standardised = _standardise(train_features)
-    solution = _fit_logistic(standardised.rows, train_labels, None, num_classes=num_classes, l2=best_l2)
-    weight = (solution[:-1] / standardised.std[:, None]).T  # [C, D]
-    bias = solution[-1] - weight @ standardised.mean
-    predictions = (standardised.apply(val_features) @ solution[:-1] + solution[-1]).argmax(dim=1)
-    train_predictions = (standardised.rows @ solution[:-1] + solution[-1]).argmax(dim=1)
+    train = _standardise(train_features)
+    weight, bias = _fit_logistic(train, train_labels, None, num_classes=num_classes, l2=best_l2)
+    predictions = _classify(train.apply(val_features), weight, bias)
     return LinearProbe(
         accuracy=_percent_correct(predictions, val_labels),
-        train_accuracy=_percent_correct(train_predictions, train_labels),
+        train_accuracy=_percent_correct(_classify(train.rows, weight, bias), train_labels),
         l2=best_l2,
         held_out_accuracy=held_out_accuracy,
         predictions=predictions,
-        weight=weight,
-        bias=bias,
+        weight=weight / train.std,
+        bias=bias - weight @ (train.mean / train.std),
     )
 
 
@@ -223,6 +220,8 @@ class _Standardised:
     rows: Tensor  # [n, D], mean 0 and standard deviation 1
     mean: Tensor  # [D]
     std: Tensor  # [D], 1 where a feature never changes
+    variances: Tensor  # [D], eigenvalues of the Gram matrix rows.T @ rows / n
+    basis: Tensor  # [D, D], its eigenvectors in columns
 
     def apply(self, features: Tensor) -> Tensor:
         return (features - self.mean) / self.std
@@ -232,38 +231,48 @@ def _standardise(features: Tensor) -> _Standardised:
     std, mean = torch.std_mean(features, dim=0, correction=0)
     # Rounding noise on a feature that never changes must not be blown up to a signal.
     std = torch.where(std > 1e-6 * features.abs().amax(dim=0), std, 1.0)
-    return _Standardised((features - mean) / std, mean, std)
+    rows = (features - mean) / std
+    variances, basis = torch.linalg.eigh(rows.T @ rows / len(rows))
+    return _Standardised(rows, mean, std, variances, basis)
 
 
-def _fit_logistic(rows: Tensor, labels: Tensor, start: Tensor | None, *, num_classes: int, l2: float) -> Tensor:
-    """[D + 1, C]: the weights, then the bias, which is not penalised."""
-    solution = start.clone() if start is not None else rows.new_zeros(rows.shape[1] + 1, num_classes)
-    solution.requires_grad_()
+def _fit_logistic(
+    train: _Standardised, labels: Tensor, start: tuple[Tensor, Tensor] | None, *, num_classes: int, l2: float
+) -> tuple[Tensor, Tensor]:
+    """Weight [C, D] and bias [C] (not penalised) for standardised rows."""
+    # Features of a network are strongly correlated, which makes plain L-BFGS take hundreds of iterations. The Hessian is
+    # bounded by Gram / 2 + l2 (Boehning 1992, Ann. Inst. Stat. Math. 44), so the search runs in a basis where that bound
+    # is the identity: weight = (whitened * scale) @ basis.T.
+    scale = (train.variances.clamp_min(0) / 2 + l2).rsqrt()  # [D]
+    if start is None:
+        whitened, bias = train.rows.new_zeros(num_classes, len(scale)), train.rows.new_zeros(num_classes)
+    else:
+        whitened, bias = start[0] @ train.basis / scale, start[1].clone()
+    whitened.requires_grad_()
+    bias.requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [solution], max_iter=MAX_ITERATIONS, history_size=10, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+        [whitened, bias], max_iter=MAX_ITERATIONS, tolerance_grad=GRADIENT_TOLERANCE, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(rows @ solution[:-1] + solution[-1], labels) + l2 / 2 * solution[:-1].square().sum()
+        weight = (whitened * scale) @ train.basis.T
+        loss = F.cross_entropy(F.linear(train.rows, weight, bias), labels) + l2 / 2 * weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return solution.detach()
+    return ((whitened * scale) @ train.basis.T).detach(), bias.detach()
 
 
 def _fit_ridge(features: Tensor, values: Tensor, strengths: Sequence[float]) -> dict[float, tuple[Tensor, Tensor]]:
-    """Weight [D] and bias [] in float64 for each strength; the Gram matrix is made once."""
-    standardised = _standardise(features.double())
-    rows, mean_value = standardised.rows, values.mean()
-    gram = rows.T @ rows / len(rows)  # [D, D]
-    correlation = rows.T @ (values - mean_value) / len(rows)  # [D]
+    """Weight [D] and bias [] in float64 for each strength, from one eigendecomposition."""
+    train, mean_value = _standardise(features.double()), values.mean()
+    correlation = train.basis.T @ (train.rows.T @ (values - mean_value)) / len(values)  # [D], in the eigenbasis
     fits = {}
     for l2 in strengths:
-        penalised = gram + l2 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        weight = torch.cholesky_solve(correlation[:, None], torch.linalg.cholesky(penalised))[:, 0] / standardised.std
-        fits[l2] = (weight, mean_value - weight @ standardised.mean)
+        weight = train.basis @ (correlation / (train.variances.clamp_min(0) + l2)) / train.std
+        fits[l2] = (weight, mean_value - weight @ train.mean)
     return fits
 
 
@@ -287,6 +296,10 @@ def _check_values(name: str, values: Tensor) -> None:
     num_bad = int((~torch.isfinite(values)).sum())
     if num_bad or len(values) == 0:
         raise UserError(f"{num_bad} of {len(values)} {name} values are NaN or infinite: every image needs a number")
+
+
+def _classify(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(rows, weight, bias).argmax(dim=1)
 
 
 def _percent_correct(predictions: Tensor, labels: Tensor) -> float:

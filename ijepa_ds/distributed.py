@@ -1,0 +1,69 @@
+"""The processes of a run: who this one is, how they agree, and how they stop together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among all of a run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks, writes and draws for all."""
+        return self.rank == 0
+
+
+def set_single_process_defaults() -> None:
+    """Let ``python run.py`` run as one process: without a launcher DeepSpeed would look for MPI."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+
+
+def barrier(process: Process) -> None:
+    """Wait for all processes."""
+    if process.world_size > 1:
+        dist.barrier()
+
+
+def on_any_rank(flag: bool, process: Process) -> bool:
+    """Whether ``flag`` holds on any rank: a decision that all take alike."""
+    if process.world_size == 1:
+        return flag
+    count = torch.tensor([int(flag)], dtype=torch.int32, device=process.device)
+    dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    return bool(count.item())
+
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an end at the next step boundary; a second SIGINT ends at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number).name
+
+    def restore(self) -> None:
+        """Put back what handled these signals before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
