@@ -18,6 +18,7 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None  # a group of CPU tensors, to agree without waiting for the device
 
     @property
     def is_main(self) -> bool:
@@ -37,15 +38,15 @@ def set_single_process_defaults() -> None:
 def barrier(process: Process) -> None:
     """Wait for all processes."""
     if process.world_size > 1:
-        dist.barrier()
+        dist.barrier(group=process.control)
 
 
 def on_any_rank(flag: bool, process: Process) -> bool:
     """Whether ``flag`` holds on any rank: a decision that all take alike."""
     if process.world_size == 1:
         return flag
-    count = torch.tensor([int(flag)], dtype=torch.int32, device=process.device)
-    dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    count = torch.tensor([int(flag)], dtype=torch.int32)
+    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=process.control)
     return bool(count.item())
 
 

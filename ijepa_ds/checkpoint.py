@@ -1,0 +1,210 @@
+"""Checkpoints: a folder a step, complete or absent, readable by any number of processes.
+
+Each rank writes its slices of the fp32 master weights, of Adam's moments and of the target encoder's average, by
+parameter name and interval. All write into ``tmp.step_N``; when every file is on disk, rank 0 renames the folder. So a
+kill at any moment leaves the previous checkpoint whole, and what has no ``tmp`` in its name is complete. The working
+weights are not stored: they are the masters, cast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ijepa_ds.distributed import Process, barrier, on_any_rank
+from ijepa_ds.errors import UserError
+from ijepa_ds.shards import MasterShard, publish_masters
+from ijepa_ds.target_encoder import TargetEncoder
+
+FORMAT = 1
+TARGET = "target"
+_ADAM = ("exp_avg", "exp_avg_sq")
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    shards: list[MasterShard],
+    target_encoder: TargetEncoder,
+    adam_state: Callable[[MasterShard], dict[str, Tensor]],
+    process: Process,
+    *,
+    keep: int,
+) -> Path:
+    """Write the state after ``step`` steps; returns its folder. ``keep``: how many checkpoints stay, this one included.
+
+    A rank that cannot write (a full disk) makes all ranks raise :class:`UserError`; earlier checkpoints stay.
+    """
+    final, temporary = folder / f"step_{step:09d}", folder / f"tmp.step_{step:09d}"
+    if process.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier(process)
+    error = None
+    try:
+        if process.is_main or shards[0].process_group is not None:  # what is not sharded is written once
+            tensors = _own_tensors(shards, target_encoder, adam_state)
+            _write(temporary / f"rank_{process.rank:05d}.pt", lambda file: torch.save(tensors, file))
+        if process.is_main:
+            shapes = {p.name: list(p.shape) for shard in shards for p in shard.placements}
+            state = {"format": FORMAT, "step": step, "processes": process.world_size, "shapes": shapes}
+            _write(temporary / "state.json", lambda file: file.write(json.dumps(state).encode()))
+            _sync_folder(temporary)
+    except OSError as caught:
+        error = caught
+    if on_any_rank(error is not None, process):
+        if process.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {folder} ({error or 'on another rank'}); free some "
+            "space and start the same command again: it goes on from the previous checkpoint"
+        )
+    if process.is_main:
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _sync_folder(folder)
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    barrier(process)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove what a killed process left half written."""
+    for path in folder.glob("tmp.*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The number of steps that a checkpoint stands for."""
+    return _state(checkpoint)["step"]
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    shards: list[MasterShard],
+    target_encoder: TargetEncoder,
+    adam_state: Callable[[MasterShard], dict[str, Tensor]],
+) -> int:
+    """Restore masters, moments and the target encoder; returns the step to go on with. Any number of processes may read
+    what any other number wrote."""
+    state = _state(checkpoint)
+    shapes = {p.name: list(p.shape) for shard in shards for p in shard.placements}
+    if shapes != state["shapes"]:
+        names = sorted(n for n in shapes.keys() | state["shapes"].keys() if shapes.get(n) != state["shapes"].get(n))
+        raise UserError(f"{checkpoint} is of another model: {len(names)} tensors differ, such as {names[0]}")
+    files = _open(checkpoint)
+    for shard in shards:
+        adam = adam_state(shard)
+        adam["step"].fill_(files[0]["adam_steps"][shard.group])
+        _fill(shard, shard.master, files, "master", checkpoint)
+        for name in _ADAM:
+            _fill(shard, adam[name], files, name, checkpoint)
+    for shard, average in zip(target_encoder.shards, target_encoder.averages, strict=True):
+        _fill(shard, average, files, TARGET, checkpoint)
+    publish_masters(shards)
+    target_encoder.publish()
+    return state["step"]
+
+
+def read_weights(checkpoint: Path, kind: str, prefix: str = "") -> dict[str, Tensor]:
+    """Whole fp32 tensors by parameter name from a checkpoint's files, on the CPU, without any process group.
+
+    ``kind``: "master" for what is trained, "target" for the target encoder. ``prefix`` selects and is cut off.
+    """
+    shapes = _state(checkpoint)["shapes"]
+    weights: dict[str, Tensor] = {}
+    filled: dict[str, int] = {}
+    for file in _open(checkpoint):
+        for name, (start, values) in file[kind].items():
+            whole = weights.setdefault(name, torch.empty(shapes[name]))
+            whole.view(-1)[start : start + len(values)] = values
+            filled[name] = filled.get(name, 0) + len(values)
+    incomplete = [name for name, count in filled.items() if count != weights[name].numel()]
+    if incomplete or not weights:
+        raise UserError(f"{checkpoint} lacks parts of {incomplete[:3] or kind}; remove this folder to use the one before")
+    return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+
+
+def _own_tensors(shards, target_encoder, adam_state) -> dict:
+    """What this rank writes: kind -> parameter -> (first element, values on the CPU)."""
+    tensors: dict = {"master": {}, "exp_avg": {}, "exp_avg_sq": {}, TARGET: {}, "adam_steps": {}}
+
+    def add(kind: str, shard: MasterShard, values: Tensor) -> None:
+        values = values.detach().view(-1).cpu()
+        for piece in shard.pieces():
+            tensors[kind][piece.name] = (piece.start, piece.of(values).clone())
+
+    for shard in shards:
+        adam = adam_state(shard)
+        tensors["adam_steps"][shard.group] = float(adam["step"])
+        add("master", shard, shard.master)
+        for name in _ADAM:
+            add(name, shard, adam[name])
+    for shard, average in zip(target_encoder.shards, target_encoder.averages, strict=True):
+        add(TARGET, shard, average)
+    return tensors
+
+
+def _fill(shard: MasterShard, values: Tensor, files: list[dict], kind: str, checkpoint: Path) -> None:
+    flat = values.detach().view(-1)
+    for piece in shard.pieces():
+        missing = piece.stop - piece.start
+        for file in files:
+            start, saved = file[kind].get(piece.name, (0, flat[:0]))
+            low, high = max(start, piece.start), min(start + len(saved), piece.stop)
+            if low < high:
+                piece.of(flat)[low - piece.start : high - piece.start].copy_(saved[low - start : high - start])
+                missing -= high - low
+        if missing:
+            raise UserError(f"{checkpoint} lacks {missing} elements of {piece.name}; remove this folder to use the one before")
+
+
+def _state(checkpoint: Path) -> dict:
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint} is damaged ({error}); remove this folder to go on from the one before") from None
+    if state.get("format") != FORMAT:
+        raise UserError(f"{checkpoint} has format {state.get('format')}, this version reads {FORMAT}")
+    return state
+
+
+def _open(checkpoint: Path) -> list[dict]:
+    files = []
+    for path in sorted(checkpoint.glob("rank_*.pt")):
+        try:
+            files.append(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} is damaged ({reason}); remove {checkpoint} to go on from the one before") from error
+    if not files:
+        raise UserError(f"{checkpoint} holds no rank_*.pt; remove this folder to go on from the one before")
+    return files
+
+
+def _write(path: Path, write: Callable) -> None:
+    with open(path, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

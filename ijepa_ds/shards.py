@@ -1,0 +1,94 @@
+"""The fp32 master weights as ZeRO shards them: which elements of which parameter this process holds.
+
+ZeRO lays the parameters of a group end to end in one flat tensor and gives each rank an equal slice of it, so a slice
+begins and ends in the middle of parameters. Everything that is kept beside the masters (Adam's moments, the target
+encoder's average) has the same shape, and is saved and read by name and interval: any number of processes can read what
+any other number wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A parameter's place in the flat tensor of its group."""
+
+    name: str
+    start: int
+    shape: torch.Size
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.shape.numel()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of a flattened parameter, which lie at ``offset`` in a shard."""
+
+    name: str
+    start: int
+    stop: int
+    offset: int
+
+    def of(self, shard: Tensor) -> Tensor:
+        """The piece of a tensor that is laid out as the shard: a view [stop - start]."""
+        return shard[self.offset : self.offset + self.stop - self.start]
+
+
+@dataclass(frozen=True)
+class MasterShard:
+    """This process's slice of a parameter group.
+
+    ``master``: fp32 [P], a stable tensor, elements [first, first + P) of the flat group. ``weights``: the whole flat
+    group in the working dtype, whose views are the model's parameters. ``process_group``: who holds the other slices;
+    None where nothing is sharded. ``adam_key``: the tensor under which AdamW keeps its state.
+    """
+
+    group: str
+    placements: tuple[Placement, ...]
+    first: int
+    master: Tensor
+    weights: Tensor
+    process_group: dist.ProcessGroup | None
+    adam_key: Tensor
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this shard holds of each parameter."""
+        last = self.first + self.master.numel()
+        for placement in self.placements:
+            start, stop = max(placement.start, self.first), min(placement.stop, last)
+            if start < stop:
+                yield Piece(placement.name, start - placement.start, stop - placement.start, start - self.first)
+
+    def publish(self, values: Tensor, weights: Tensor) -> dist.Work | None:
+        """Cast ``values`` [P] into this rank's slice of the flat ``weights`` and gather the others' slices.
+
+        Returns what to wait for before ``weights`` may be read, or None.
+        """
+        own = weights[self.first : self.first + values.numel()]
+        own.copy_(values)
+        if self.process_group is None:
+            return None
+        return dist.all_gather_into_tensor(weights, own, group=self.process_group, async_op=True)
+
+
+def set_masters(shards: list[MasterShard], parameters: dict[str, Tensor]) -> None:
+    """Give the masters exact fp32 values by parameter name; ZeRO makes them from weights already rounded to bf16."""
+    for shard in shards:
+        for piece in shard.pieces():
+            piece.of(shard.master).copy_(parameters[piece.name].reshape(-1)[piece.start : piece.stop])
+
+
+def publish_masters(shards: list[MasterShard]) -> None:
+    """Bring the working weights of every rank up to the masters, after these were read from a checkpoint."""
+    for work in [shard.publish(shard.master, shard.weights) for shard in shards]:
+        if work is not None:
+            work.wait()
