@@ -43,7 +43,8 @@ supported = (3, 10) <= sys.version_info[:2] <= (3, 13) and not sysconfig.get_con
 headers = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
 complete = headers and all(importlib.util.find_spec(name) for name in ("venv", "ensurepip"))
 if supported:
-    print("complete" if complete else "incomplete", getattr(sys, "_base_executable", None) or sys.executable)
+    behind = os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
+    print("complete" if complete else "incomplete", sys.executable if sys.prefix == sys.base_prefix else behind)
 PY
 }
 
