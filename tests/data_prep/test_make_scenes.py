@@ -1,0 +1,203 @@
+"""The built-in scenes: seeded, visible and independent labels, honest perspective, an output that is all or nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "data_prep" / "make_scenes.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import make_scenes  # noqa: E402
+from make_scenes import render_scene  # noqa: E402
+
+from ijepa_ds.errors import UserError  # noqa: E402
+
+SMALL = {"train": 5, "val": 3, "size": 32, "seed": 7, "workers": 1}
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[dict]:
+    return [render_scene(1, "train", index, 32)[1] for index in range(1200)]
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scenes") / "small"
+    make_scenes.make_scenes(out, **SMALL)
+    return out
+
+
+def nearest_depth(scene: dict) -> float:
+    return min(entry["pixel_coords"][2] for entry in scene["objects"])
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_an_image_is_a_pure_function_of_its_key() -> None:
+    image, scene = render_scene(3, "val", 5, 64)
+    render_scene(9, "train", 1, 32)
+    again, same_scene = render_scene(3, "val", 5, 64)
+    assert image.dtype == np.uint8 and image.shape == (64, 64, 3)
+    assert np.array_equal(image, again) and scene == same_scene
+    for other in ((4, "val", 5), (3, "train", 5), (3, "val", 6)):
+        assert render_scene(*other, 64)[1]["objects"] != scene["objects"]
+
+
+def test_every_size_shows_the_same_scene() -> None:
+    for index in range(5):
+        small, small_scene = render_scene(0, "train", index, 64)
+        large, large_scene = render_scene(0, "train", index, 128)
+        shrunk = cv2.resize(large, (64, 64), interpolation=cv2.INTER_AREA)
+        assert np.abs(shrunk.astype(float) - small).mean() < 4.0
+        for a, b in zip(small_scene["objects"], large_scene["objects"], strict=True):
+            assert a["3d_coords"] == b["3d_coords"] and a["pixel_coords"][2] == b["pixel_coords"][2]
+            assert np.allclose(np.multiply(a["pixel_coords"][:2], 2), b["pixel_coords"][:2], atol=1e-3)
+
+
+def test_labels_vary_and_are_independent(scenes: list[dict]) -> None:
+    counts = np.array([len(scene["objects"]) for scene in scenes])
+    depths = np.array([nearest_depth(scene) for scene in scenes])
+    assert set(counts) == set(range(3, 11))
+    assert np.bincount(counts)[3:].min() > 0.6 * len(scenes) / 8
+    assert depths.min() < 5.3 and depths.max() > 14.7 and 2.5 < depths.std() < 3.3  # uniform from 5 to 15: 2.89
+    assert abs(np.corrcoef(counts, depths)[0, 1]) < 0.08
+    assert {entry["shape"] for scene in scenes for entry in scene["objects"]} == set(make_scenes.SHAPES)
+    assert {texture for scene in scenes for texture in scene["textures"]} == set(make_scenes.TEXTURES)
+
+
+def test_apparent_size_alone_does_not_give_the_depth(scenes: list[dict]) -> None:
+    entries = [entry for scene in scenes for entry in scene["objects"]]
+    sizes = np.array([entry["size"] for entry in entries])
+    depths = np.array([entry["pixel_coords"][2] for entry in entries])
+    assert sizes.max() > 2.0 * sizes.min()
+    assert np.corrcoef(sizes / depths, 1.0 / depths)[0, 1] < 0.9
+
+
+def test_every_object_can_be_seen(scenes: list[dict]) -> None:
+    for scene in scenes:
+        for entry in scene["objects"]:
+            x, y, depth = entry["pixel_coords"]
+            assert 0.0 < x < 32.0 and 0.0 < y < 32.0 and 5.0 <= depth <= 22.0
+            assert 0.5 <= entry["visible"] <= 1.0
+
+
+def test_what_is_drawn_is_what_the_labels_say() -> None:
+    """An object painted alone changes the picture around its ``pixel_coords``, and does so more when it is nearer."""
+    camera = np.array([5.5, np.cos(0.54), np.sin(0.54), 0.58])
+    covered = []
+    for depth in (6.0, 9.0, 14.0, 20.0):
+        o = np.zeros(9)
+        o[make_scenes.SCALE], o[make_scenes.COS] = 1.0, 1.0
+        o[make_scenes.X], o[make_scenes.Z] = 0.1 * depth, 1.0
+        o[make_scenes.Y] = (depth + (1.0 - camera[0]) * camera[2]) / camera[1]
+        nearest, owner = np.full((128, 128), np.inf), np.full((128, 128), -1)
+        total = make_scenes.draw(0, o, camera, nearest, owner)
+        rows, columns = np.nonzero(owner == 0)
+        x, y, label = make_scenes.describe(o, camera, 128)["pixel_coords"]
+        assert label == pytest.approx(depth, abs=1e-3)
+        assert abs(columns.mean() + 0.5 - x) < 2.0 and abs(rows.mean() + 0.5 - y) < 2.0
+        assert nearest.min() == pytest.approx(np.linalg.norm([o[2], o[3], o[4] - camera[0]]) - 1.0, abs=0.02)
+        covered.append(total)
+    assert covered == sorted(covered, reverse=True) and covered[0] > 8 * covered[-1]
+
+
+def test_the_nearer_object_hides_the_farther_one() -> None:
+    camera = np.array([5.5, np.cos(0.54), np.sin(0.54), 0.58])
+    near, far = np.zeros(9), np.zeros(9)
+    near[[1, 3, 4, 5]], far[[1, 3, 4, 5]] = (1.0, 7.0, 1.0, 1.0), (1.0, 9.0, 1.0, 1.0)
+    owners = []
+    for order in (((0, near), (1, far)), ((1, far), (0, near))):
+        nearest, owner = np.full((64, 64), np.inf), np.full((64, 64), -1)
+        totals = {k: make_scenes.draw(k, o, camera, nearest, owner) for k, o in order}
+        assert (owner == 0).sum() == totals[0] and 0 < (owner == 1).sum() < totals[1]
+        owners.append(owner)
+    assert np.array_equal(*owners)
+
+
+def test_the_nearest_object_is_hidden_by_none(scenes: list[dict]) -> None:
+    """Only the frame may cut a part of it off, so where it is well inside the frame it is whole."""
+    for scene in scenes:
+        entry = min(scene["objects"], key=lambda entry: entry["pixel_coords"][2])
+        x, y, depth = entry["pixel_coords"]
+        margin = 16.0 * 2.2 * entry["size"] / (0.53 * (depth - 1.75 * entry["size"]))
+        if margin < x < 32.0 - margin and margin < y < 32.0 - margin:
+            assert entry["visible"] > 0.95, (scene["image_index"], entry)
+
+
+def test_the_layout_is_that_of_clevr(small_set: Path) -> None:
+    for split, total in (("train", 5), ("val", 3)):
+        document = json.loads((small_set / "scenes" / f"CLEVR_{split}_scenes.json").read_text())
+        assert document["info"]["seed"] == 7 and document["info"]["size"] == 32 and document["info"]["split"] == split
+        assert [scene["image_index"] for scene in document["scenes"]] == list(range(total))
+        for scene in document["scenes"]:
+            expected, expected_scene = render_scene(7, split, scene["image_index"], 32)
+            assert scene == expected_scene
+            path = small_set / "images" / split / scene["image_filename"]
+            assert np.array_equal(cv2.imread(str(path))[..., ::-1], expected)
+
+
+def test_workers_change_nothing_and_a_bigger_set_begins_with_the_smaller(small_set: Path, tmp_path: Path) -> None:
+    two = tmp_path / "two"
+    make_scenes.make_scenes(two, **(SMALL | {"workers": 2}))
+    assert files_of(two) == files_of(small_set)
+    bigger = tmp_path / "bigger"
+    make_scenes.make_scenes(bigger, **(SMALL | {"train": 120, "workers": 2}))  # two jobs
+    images = files_of(bigger / "images")
+    assert len(images) == 123 and files_of(small_set / "images").items() <= images.items()
+    scenes = [
+        json.loads((path / "scenes/CLEVR_train_scenes.json").read_text())["scenes"] for path in (small_set, bigger)
+    ]
+    assert len(scenes[1]) == 120 and scenes[1][:5] == scenes[0]
+
+
+def test_a_finished_folder_is_reused_or_refused(small_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in small_set.rglob("*")}
+    make_scenes.make_scenes(small_set, **(SMALL | {"workers": 2}))
+    assert "reused" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r'"seed": 7.*"seed": 8.*another OUT or delete it'):
+        make_scenes.make_scenes(small_set, **(SMALL | {"seed": 8}))
+    assert before == {path: path.stat().st_mtime_ns for path in small_set.rglob("*")}
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(UserError, match="something else than scenes"):
+            make_scenes.make_scenes(out, **SMALL)
+    with pytest.raises(UserError, match="cannot write"):
+        make_scenes.make_scenes(tmp_path / "mine.txt" / "out", **SMALL)
+
+
+def test_a_run_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(make_scenes, "write_images", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        make_scenes.make_scenes(tmp_path / "out", **SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "key, value", [("train", 0), ("val", 0), ("size", 16), ("size", 1024), ("seed", -1), ("workers", 0)]
+)
+def test_bad_arguments_are_one_sentence(key: str, value: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^--{key} is {value}: give a whole number from \d+ to \d+$"):
+        make_scenes.make_scenes(tmp_path / "out", **(SMALL | {key: value}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_ends_with_exit_code_2(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), str(tmp_path / "out"), "--size", "8"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 2 and run.stderr == "error: --size is 8: give a whole number from 32 to 512\n"
