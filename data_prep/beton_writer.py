@@ -1,0 +1,280 @@
+"""FFCV's writer, less what can hang or lie: a dead worker ends the conversion, and samples are counted.
+
+FFCV's own ``DatasetWriter`` waits for ever for a worker that died, keeps its table of samples in named shared memory
+(often 64 MB in a container, and left behind after a kill), and writes an empty allocation table where building it
+fails. Here the workers are forked and watched, take spans of samples from a counter instead of a queue, and share
+memory without a name, so that nothing is left whatever dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+
+import cv2
+import numpy as np
+from ffcv.fields import FloatField, IntField, RGBImageField
+from ffcv.memory_allocator import MemoryAllocator
+from ffcv.types import ALLOC_TABLE_TYPE
+from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter, worker_job_indexed_dataset
+from images import EncodedImage, Encoding, UnreadableImage, decode_rgb, encode_image, quiet_decoding
+from progress import Progress
+from sources import Source
+
+from ijepa_ds.errors import UserError
+
+FORK = multiprocessing.get_context("fork")  # the workers inherit the source and the shared memory, nothing is pickled
+MAX_SPAN = 64  # samples a worker takes at a time
+FAILED = -1  # in a worker's report, in place of the sample: the worker cannot go on
+REPORT_BYTES = (
+    2000  # below PIPE_BUF (4096), so that reports of several workers do not mix and a killed one leaves no half report
+)
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class SharedBytes:
+    """Zeroed memory that forked workers share; stands in for ``SharedMemory``, but has no name to be left behind."""
+
+    def __init__(self, size: int) -> None:
+        self.buf = mmap.mmap(-1, size)
+
+    def array(self, dtype: np.dtype) -> np.ndarray:
+        return np.frombuffer(self.buf, dtype=dtype)
+
+
+class Spans:
+    """Hands out [(destination, source), ...] to the workers until all are given; where FFCV expects a queue."""
+
+    def __init__(self, num_samples: int, num_workers: int) -> None:
+        self.num_samples = num_samples
+        self.size = max(1, min(MAX_SPAN, num_samples // (8 * num_workers)))
+        self.parent = os.getpid()
+        self.next_start = FORK.Value(ctypes.c_int64, 0)
+
+    def get(self) -> list[tuple[int, int]] | None:
+        if os.getppid() != self.parent:
+            os._exit(1)  # the conversion was killed: do not go on without it
+        with self.next_start.get_lock():
+            start = self.next_start.value
+            self.next_start.value = start + self.size
+        stop = min(start + self.size, self.num_samples)
+        return [(sample, sample) for sample in range(start, stop)] or None
+
+
+class AllocationTable:
+    """Where each sample's bytes are, one row each; FFCV's workers ``put`` their part of it when they are done."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.rows = SharedBytes(num_samples * ALLOC_TABLE_TYPE.itemsize).array(ALLOC_TABLE_TYPE)
+
+    def put(self, allocations: list[tuple[int, int, int]]) -> None:
+        part = np.array(allocations, dtype=ALLOC_TABLE_TYPE)
+        self.rows[part["sample_id"]] = part
+
+
+class EncodedImageField(RGBImageField):
+    """Stores images that are encoded already; an unreadable one (None) takes no space.
+
+    Only workers have it: the header is written with the stock field, as FFCV tells fields by their exact class.
+    """
+
+    def encode(self, destination: np.ndarray, image: EncodedImage | None, malloc: Callable) -> None:
+        if image is None:
+            return
+        destination["mode"], destination["height"], destination["width"] = image.mode, image.height, image.width
+        destination["data_ptr"], storage = malloc(image.payload.nbytes)
+        storage[:] = image.payload
+
+
+@dataclass
+class EncodedSamples:
+    """What the workers iterate over: (encoded image, *labels). ``reports`` hears which cannot be read and why."""
+
+    source: Source
+    encoding: Encoding
+    reports: Connection
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, sample: int) -> tuple:
+        try:
+            image = encode_image(decode_rgb(self.source.read(sample)), sample, self.encoding)
+        except (UnreadableImage, OSError) as error:
+            send_report(self.reports, sample, getattr(error, "strerror", None) or str(error))
+            image = None
+        return (image, *(values[sample] for values in self.source.labels.values()))
+
+
+def send_report(reports: Connection, sample: int, text: str) -> None:
+    line = " ".join(text.split()) or "no reason given"
+    reports.send_bytes(f"{sample} {line}".encode(errors="backslashreplace")[:REPORT_BYTES])
+
+
+def work(reports: Connection, job: Callable, arguments: tuple) -> None:
+    """One worker process. Leaves with a non-zero code after an error, which it reports."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+    try:
+        with quiet_decoding():
+            job(*arguments)
+    except BaseException as error:
+        text = "no space left" if getattr(error, "errno", 0) in NO_SPACE else f"{type(error).__name__}: {error}"
+        send_report(reports, FAILED, text)
+        os._exit(1)
+
+
+class BetonWriter(DatasetWriter):
+    """Writes one .beton at ``path``; on an error the file is left half written, for the caller to remove.
+
+    ``unreadable`` (sample -> reason) is filled while writing; those samples are left out of the file.
+    """
+
+    def __init__(self, path: str, *, labels: dict[str, np.ndarray], max_resolution: int, num_workers: int) -> None:
+        kinds = {"i": IntField, "f": FloatField}
+        fields = {"image": RGBImageField(), **{name: kinds[values.dtype.kind]() for name, values in labels.items()}}
+        page_size = max(4 * MIN_PAGE_SIZE, 1 << (3 * max_resolution**2).bit_length())  # any image fits into a page
+        super().__init__(path, fields, page_size=page_size, num_workers=num_workers)
+        self.unreadable: dict[int, str] = {}
+        self.kept = np.zeros(0, dtype=bool)  # [num_samples]
+        self.rows = np.zeros(0, dtype=self.metadata_type)  # [samples written], FFCV's metadata
+
+    def write(self, source: Source, encoding: Encoding) -> None:
+        """Convert ``source``. Raises UserError if a worker dies or nothing is readable, OSError if the disk fails."""
+        self.reports, reports_end = FORK.Pipe(duplex=False)
+        num_threads = cv2.getNumThreads()
+        cv2.setNumThreads(1)  # before the fork: a child has not the threads of OpenCV's pool, and would wait for them
+        try:
+            spans = Spans(len(source), self.num_workers)
+            samples = EncodedSamples(source, encoding, reports_end)
+            self._write_common(len(source), spans, worker_job_indexed_dataset, (samples,))
+        finally:
+            cv2.setNumThreads(num_threads)
+            self.reports.close()
+            reports_end.close()
+
+    def prepare(self) -> None:
+        """FFCV's, with memory that has no name in place of the segment that it makes."""
+        super().prepare()
+        size = self.metadata_sm.size
+        self.metadata_sm.close()
+        self.metadata_sm.unlink()
+        self.metadata_sm = SharedBytes(size)
+
+    def _write_common(
+        self, num_samples: int, queue_content: Spans, work_fn: Callable, extra_worker_args: tuple
+    ) -> None:
+        self.num_samples = num_samples
+        self.prepare()
+        allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
+        done = FORK.Value(ctypes.c_uint64, 0)
+        table = AllocationTable(num_samples)
+        fields = {**self.fields, "image": EncodedImageField()}
+        shared = (
+            queue_content,
+            self.metadata_sm,
+            self.metadata_type,
+            fields,
+            allocator,
+            done,
+            table,
+            *extra_worker_args,
+        )
+        reports_end = extra_worker_args[0].reports
+        processes = [
+            FORK.Process(target=work, args=(reports_end, work_fn, shared), daemon=True) for _ in range(self.num_workers)
+        ]
+        try:
+            start(processes)
+            self._watch(processes, done)
+        finally:
+            end(processes)
+        # FFCV does not look at how much a write took, and a full disk may take a part of a page without an error.
+        num_pages = allocator.next_page_allocated.value
+        if num_pages and os.path.getsize(self.fname) < allocator.offset + num_pages * self.page_size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._drop_unreadable(table.rows)
+
+    def _watch(self, processes: list, done: ctypes.c_uint64) -> None:
+        """Wait for the workers to end, showing progress. Raises as soon as one fails."""
+        progress = Progress(self.num_samples)
+        while running := [process.sentinel for process in processes if process.exitcode is None]:
+            wait([*running, self.reports], timeout=0.25)
+            self._take_reports()
+            for process in processes:
+                if process.exitcode:
+                    self._take_reports()  # it may have said why
+                    how = f"killed by {signal.Signals(-process.exitcode).name}" if process.exitcode < 0 else "stopped"
+                    raise UserError(
+                        f"a worker process was {how} after about {done.get_obj().value} of {self.num_samples} images "
+                        "and nothing was kept: if memory was short, start again with fewer --workers"
+                    )
+            progress.show(done.get_obj().value)  # without its lock, which a killed worker may hold for ever
+        self._take_reports()
+        progress.end(done.get_obj().value)
+
+    def _take_reports(self) -> None:
+        while self.reports.poll():
+            sample, _, text = self.reports.recv_bytes().decode(errors="replace").partition(" ")
+            if int(sample) == FAILED and text == "no space left":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if int(sample) == FAILED:
+                raise UserError(f"a worker process failed ({text}) and nothing was kept: mend that and start again")
+            self.unreadable[int(sample)] = text
+
+    def _drop_unreadable(self, table: np.ndarray) -> None:
+        """Move the rows of the good samples together and finish the file. No image moves, so pointers stay valid."""
+        self.kept = table["size"] > 0
+        num_kept = int(self.kept.sum())
+        if num_kept + len(self.unreadable) != self.num_samples:
+            raise UserError(
+                f"{self.num_samples} images went in, but {num_kept} written and {len(self.unreadable)} unreadable ones "
+                "came out: please report this as a bug"
+            )
+        if not num_kept:
+            sample, reason = min(self.unreadable.items())
+            raise UserError(
+                f"none of the {self.num_samples} images could be read, the first (number {sample}) because: {reason}"
+            )
+        rows = self.metadata_sm.array(self.metadata_type)
+        self.rows = rows[self.kept]
+        rows[:num_kept] = self.rows
+        rows[num_kept:] = np.zeros(1, self.metadata_type)
+        good = table[self.kept]
+        good["sample_id"] = np.arange(num_kept)
+        self.header["num_samples"] = num_kept
+        self.finalize(
+            [good]
+        )  # one array in the list: FFCV makes its table of it without going through a million tuples
+
+
+def start(processes: list) -> None:
+    """Fork, with interrupts put off: an exception from a signal's handler is lost inside fork's callbacks."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end(processes: list) -> None:
+    """Stop what still runs, and wait for it."""
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+    for process in processes:
+        if process.pid is not None:
+            process.join(5)
+            if process.exitcode is None:
+                process.kill()
+                process.join()

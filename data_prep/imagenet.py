@@ -1,0 +1,192 @@
+"""ImageNet as it is distributed: its two tar files, read in place, and the development kit with the validation labels.
+
+Members are listed once as (offset, size); each worker then reads them with ``os.pread`` from a descriptor of its own.
+A class's label is the index of its WordNet ID in the sorted list of all IDs, as for a folder of class folders.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tarfile
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from sources import PackedNames, Source, is_image_name, suffix_of
+
+from ijepa_ds.errors import UserError
+
+GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
+META = "data/meta.mat"
+VALIDATION_NUMBER = re.compile(r"_val_(\d{8})\.\w+$")  # ILSVRC2012_val_00000001.JPEG is line 1 of the ground truth
+
+
+@dataclass
+class TarSource(Source):
+    """Images inside one uncompressed tar file, ``root``. Offsets and sizes in bytes, uint64 [num_samples]."""
+
+    offsets: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    _opened: tuple[int, int] | None = None  # (process, descriptor): a forked worker opens its own
+
+    def read(self, index: int) -> bytes:
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), os.open(self.root, os.O_RDONLY))
+        return pread_fully(self._opened[1], int(self.sizes[index]), int(self.offsets[index]))
+
+    def take(self, indices: np.ndarray) -> TarSource:
+        return replace(super().take(indices), offsets=self.offsets[indices], sizes=self.sizes[indices])
+
+
+def pread_fully(descriptor: int, size: int, offset: int) -> bytes:
+    """``size`` bytes at ``offset``, fewer only at the end of the file (one pread may return less than asked)."""
+    parts: list[bytes] = []
+    while size and (part := os.pread(descriptor, size, offset)):
+        parts.append(part)
+        size, offset = size - len(part), offset + len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def open_imagenet_tar(path: str, *, unlabelled_wanted: bool) -> Source:
+    """The train tar (a tar of class tars) with labels, or a flat tar of images without. Raises UserError for others."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            source = _list_members(path, tar)
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(
+            f"{path} cannot be read as an uncompressed tar file ({error}): SOURCE is a folder or one of ImageNet's tar "
+            "files; unpack any other archive, and download a damaged one again"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror or error}): mend that and start again") from error
+    if len(source) and not source.labels and not unlabelled_wanted:
+        raise UserError(
+            f"{path} holds images without class tars, so labels need --devkit ILSVRC2012_devkit_t12.tar.gz: give it, "
+            "or --no-labels to go without"
+        )
+    return source
+
+
+def _list_members(path: str, tar: tarfile.TarFile) -> Source:
+    entries: list[tuple[str, str, int, int]] = []  # class (or ""), name, offset, size
+    classes: list[str] = []
+    ignored: Counter[str] = Counter()
+    for member in tar:
+        base = os.path.basename(member.name)
+        if not member.isfile():
+            continue
+        if base.startswith("."):
+            ignored["hidden"] += 1
+        elif suffix_of(base) == ".tar":
+            wnid = base[: -len(".tar")]
+            classes.append(wnid)
+            entries += [(wnid, *entry) for entry in _list_class(tar, member, ignored)]
+        elif is_image_name(base):
+            entries.append(("", member.name, member.offset_data, member.size))
+        else:
+            ignored[suffix_of(base) or "no suffix"] += 1
+    classes.sort()
+    flat = [name for wnid, name, _, _ in entries if not wnid]
+    if classes and flat:
+        raise UserError(
+            f"{path} mixes class tars ({classes[0]}.tar) and images ({flat[0]}), so it is not ImageNet's: "
+            "unpack it and give the folder"
+        )
+    if len({os.path.dirname(name) for name in flat}) > 1:
+        raise UserError(
+            f"{path} holds folders of images, which ImageNet's tar files do not: unpack it and give the folder"
+        )
+    entries.sort()
+    label_of = {wnid: label for label, wnid in enumerate(classes)}
+    labels = {"label": np.array([label_of[wnid] for wnid, *_ in entries], dtype=np.int64)} if classes else {}
+    names = PackedNames([os.path.join(wnid, name) for wnid, name, _, _ in entries])
+    offsets = np.array([offset for *_, offset, _ in entries], dtype=np.uint64)
+    sizes = np.array([size for *_, size in entries], dtype=np.uint64)
+    kind = "ImageNet's train tar" if classes else "a tar of images"
+    return TarSource(kind, path, names, labels, classes, ignored, offsets, sizes)
+
+
+def _list_class(outer: tarfile.TarFile, member: tarfile.TarInfo, ignored: Counter[str]) -> list[tuple[str, int, int]]:
+    """(name, offset in the outer file, size) of each image of a class tar."""
+    inner_file = outer.extractfile(member)
+    assert inner_file is not None  # it is a regular file
+    found = []
+    with tarfile.open(fileobj=inner_file, mode="r:") as inner:
+        for image in inner:
+            if image.isfile() and is_image_name(image.name) and not os.path.basename(image.name).startswith("."):
+                found.append((image.name, member.offset_data + image.offset_data, image.size))
+            elif image.isfile():
+                ignored[suffix_of(image.name) or "no suffix"] += 1
+    return found
+
+
+def label_validation(source: Source, devkit: str) -> Source:
+    """``source`` (validation images) with the labels of the development kit (its tar.gz or its folder)."""
+    truth, wnid_of_id = read_devkit(devkit)
+    wnids = sorted(wnid_of_id.values())
+    label_of_wnid = {wnid: label for label, wnid in enumerate(wnids)}
+    labels = np.empty(len(source), dtype=np.int64)
+    for index in range(len(source)):
+        match = VALIDATION_NUMBER.search(source.names[index])
+        if match is None:
+            raise UserError(
+                f"{source.names[index]} in {source.root} is not named like ILSVRC2012_val_00000001.JPEG, so --devkit "
+                "has no label for it: give ImageNet's validation images, or leave --devkit out"
+            )
+        number = int(match.group(1))
+        if not 1 <= number <= len(truth):
+            raise UserError(
+                f"{source.names[index]} has no label, as {devkit} has {len(truth)}: give the kit of this data set"
+            )
+        labels[index] = label_of_wnid[wnid_of_id[truth[number - 1]]]
+    return replace(source, kind="ImageNet's validation images", labels={"label": labels}, class_names=wnids)
+
+
+def read_devkit(devkit: str) -> tuple[list[int], dict[int, str]]:
+    """(class ID of each validation image, WordNet ID of each class ID); class IDs are the kit's own, 1 to 1000."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise UserError(
+            "the development kit's meta.mat is read with scipy, which is not installed: pip install scipy"
+        ) from error
+    try:
+        text, meta = _devkit_files(devkit)
+        truth = [int(line) for line in text.split()]
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True, struct_as_record=True)["synsets"]
+        wnid_of_id = {
+            int(row["ILSVRC2012_ID"]): str(row["WNID"])
+            for row in np.atleast_1d(synsets)
+            if int(row["num_children"]) == 0
+        }
+        unknown = set(truth) - set(wnid_of_id)
+        if unknown or not truth:
+            raise ValueError(f"class ID {min(unknown)} is not in meta.mat" if unknown else "the ground truth is empty")
+    except (OSError, EOFError, tarfile.TarError, KeyError, ValueError, IndexError, NotImplementedError) as error:
+        raise UserError(
+            f"cannot read the development kit {devkit} ({type(error).__name__}: {error}): "
+            "give ILSVRC2012_devkit_t12.tar.gz or the folder that it unpacks to"
+        ) from error
+    return truth, wnid_of_id
+
+
+def _devkit_files(devkit: str) -> tuple[bytes, bytes]:
+    """The bytes of the ground truth and of meta.mat, from the kit's archive, its folder or the folder around that."""
+    wanted = (GROUND_TRUTH, META)
+    if os.path.isdir(devkit):
+        inside = os.path.join(devkit, "ILSVRC2012_devkit_t12")
+        root = inside if os.path.isdir(inside) else devkit
+        contents = []
+        for name in wanted:
+            with open(os.path.join(root, name), "rb") as file:
+                contents.append(file.read())
+        return contents[0], contents[1]
+    found: dict[str, bytes] = {}
+    with tarfile.open(devkit, "r:*") as tar:
+        for member in tar:
+            for name in wanted:
+                if member.isfile() and member.name.endswith("/" + name):
+                    found[name] = tar.extractfile(member).read()
+    return found[GROUND_TRUTH], found[META]

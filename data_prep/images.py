@@ -1,0 +1,178 @@
+"""One image: the bytes of a file -> upright 8-bit RGB -> the size wanted -> the bytes that go into a .beton.
+
+Shapes: H, W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+
+# Only formats that are images and nothing else: Pillow would start another program for EPS, for instance.
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
+WRITE_MODES = ("jpg", "raw", "proportion", "smart")
+JPG, RAW = 0, 1  # FFCV's numbers for how an image is stored
+EXIF_ORIENTATION = 0x0112
+
+
+class UnreadableImage(Exception):
+    """The message says why this file does not give a whole image."""
+
+
+class EncodedImage(NamedTuple):
+    """An image as FFCV stores it."""
+
+    mode: int
+    height: int
+    width: int
+    payload: np.ndarray  # uint8 [bytes]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are stored. Sizes in pixels, ``smart_threshold`` in bytes of the raw image."""
+
+    max_resolution: int = 512
+    resize_short: int | None = None
+    write_mode: str = "jpg"
+    jpeg_quality: int = 90
+    compress_probability: float = 0.5
+    smart_threshold: int | None = None
+
+
+@contextlib.contextmanager
+def quiet_decoding() -> Iterator[None]:
+    """Without Pillow's warnings: what they tell (odd EXIF, many pixels) is harmless or raised as an error by us."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def decode_rgb(data: bytes) -> np.ndarray:
+    """The first image in ``data`` as RGB uint8 [H, W, 3], turned upright as its EXIF says, transparency over white.
+
+    Raises UnreadableImage for anything that does not decode to its end.
+    """
+    if not data:
+        raise UnreadableImage("the file is empty")
+    if not Image.OPEN:
+        Image.init()
+    try:
+        with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            image.load()
+            return np.ascontiguousarray(_upright(_rgb(image), _orientation(image)))
+    except UnreadableImage:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise UnreadableImage("not an image in a known format") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"too many pixels: {error}") from error
+    except MemoryError:
+        raise  # the machine's fault, not the file's
+    except Exception as error:  # Pillow's decoders raise nearly every type for a damaged file
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """[H, W, 3] uint8 of an image of any mode, not yet turned upright."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return np.repeat(_grey_8bit(image)[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        image = Image.alpha_composite(white, rgba)
+    return np.asarray(image.convert("RGB"))
+
+
+def _grey_8bit(image: Image.Image) -> np.ndarray:
+    """[H, W] uint8 of a grey image with more than 8 bits, scaled (Pillow's own conversion clips at 255)."""
+    # Netpbm and PNG say that 65535 is white. The range of other 32-bit and of float images is anyone's guess.
+    if not image.mode.startswith("I;16") and not (image.mode == "I" and image.format in ("PPM", "PNG")):
+        raise UnreadableImage(
+            f"grey values of the type '{image.mode}' have no defined white: convert the file to 8 or 16 bits"
+        )
+    values = np.asarray(image).astype(np.uint32)
+    bits = (
+        image.tag_v2.get(258, (16,))[0] if image.format == "TIFF" else 16
+    )  # tag 258 = BitsPerSample, 12 from some cameras
+    white = (1 << bits) - 1
+    grey = ((np.minimum(values, white) * 255 + white // 2) // white).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return grey
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8. Asked for after loading: Pillow turns a TIFF itself and removes the tag."""
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # damaged EXIF beside good pixels
+        return 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation; unknown values leave the image as it is."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
+
+
+def target_size(height: int, width: int, *, max_resolution: int, resize_short: int | None) -> tuple[int, int]:
+    """(height, width) to store: shorter side ``resize_short``, longer side at most ``max_resolution``, which wins.
+
+    Never larger than it was.
+    """
+    short, long = sorted((height, width))
+    # A fraction, so that the bound side gets exactly its size: a factor in floating point loses a pixel of it at times.
+    target, side = 1, 1
+    if resize_short is not None and short > resize_short:
+        target, side = resize_short, short
+    if long * target > max_resolution * side:
+        target, side = max_resolution, long
+    return max(1, round(height * target / side)), max(1, round(width * target / side))
+
+
+def encode_image(pixels: np.ndarray, sample: int, encoding: Encoding) -> EncodedImage:
+    """Store RGB uint8 [H, W, 3]. What ``proportion`` does depends on ``sample``, its position in the source, alone."""
+    height, width = target_size(
+        *pixels.shape[:2], max_resolution=encoding.max_resolution, resize_short=encoding.resize_short
+    )
+    if (height, width) != pixels.shape[:2]:
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)  # as FFCV's RGBImageField
+    if _as_jpeg(pixels, sample, encoding):
+        quality = [int(cv2.IMWRITE_JPEG_QUALITY), encoding.jpeg_quality]
+        done, jpeg = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), quality)
+        if not done:
+            raise UnreadableImage("OpenCV could not encode it as JPEG")
+        return EncodedImage(JPG, height, width, jpeg.reshape(-1))
+    return EncodedImage(RAW, height, width, np.ascontiguousarray(pixels).reshape(-1))
+
+
+def _as_jpeg(pixels: np.ndarray, sample: int, encoding: Encoding) -> bool:
+    if encoding.write_mode == "smart":
+        return pixels.nbytes > encoding.smart_threshold
+    if encoding.write_mode == "proportion":
+        return uniform(sample) < encoding.compress_probability
+    return encoding.write_mode == "jpg"
+
+
+def uniform(sample: int) -> float:
+    """A number in [0, 1) that depends on ``sample`` alone (one step of splitmix64)."""
+    mask = (1 << 64) - 1
+    state = (sample * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & mask
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+    return (state ^ (state >> 31)) / 2**64

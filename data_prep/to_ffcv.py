@@ -1,0 +1,294 @@
+"""Images -> one .beton file that FFCV reads, with a note (OUT.beton.json) of what is in it.
+
+    python data_prep/to_ffcv.py SOURCE OUT.beton [--max-resolution 512] [--jpeg-quality 90] [--workers N] ...
+    python data_prep/to_ffcv.py --verify FILE.beton
+
+SOURCE is a folder of class folders, a folder of images, one of ImageNet's tar files, or a folder in CLEVR's layout:
+see docs/data.md.
+The file appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs in a checkout that was not installed
+from images import WRITE_MODES, Encoding, UnreadableImage, decode_rgb, encode_image, quiet_decoding
+from sidecar import describe, publish, temporary_beside
+from sources import Source, open_source
+
+from ijepa_ds.errors import UserError, run_command
+
+MAX_RESOLUTION = 8192  # of either side; an image must fit into one page of memory per worker
+NUM_PROBES = 16  # images that are encoded before the start, to see whether the disk has room
+SHOWN = 50  # unreadable files that are printed; the note beside the .beton has all of them
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, raised where Ctrl-C would be, so that both clean up in one way."""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="to_ffcv.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="folder, ImageNet tar, or folder in CLEVR's layout")
+    parser.add_argument("out", nargs="?", metavar="OUT.beton")
+    parser.add_argument(
+        "--verify", metavar="FILE.beton", help="check a .beton: checksum, and that every sample decodes"
+    )
+    parser.add_argument(
+        "--max-resolution",
+        type=int,
+        metavar="PIXELS",
+        help="bound of the longer side (default 512, or 2 x --resize-short)",
+    )
+    parser.add_argument(
+        "--resize-short", type=int, metavar="PIXELS", help="shrink so that the shorter side has this (default: no)"
+    )
+    parser.add_argument("--write-mode", choices=WRITE_MODES, default="jpg", help="how pixels are stored (default jpg)")
+    parser.add_argument("--jpeg-quality", type=int, default=90, metavar="1-100", help="default 90")
+    parser.add_argument(
+        "--compress-probability", type=float, metavar="P", help="proportion: share stored as JPEG (default 0.5)"
+    )
+    parser.add_argument(
+        "--smart-threshold", type=int, metavar="BYTES", help="smart: raw images above this are stored as JPEG"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes (default: the cores that this process may use)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only N images, evenly spread over the source")
+    parser.add_argument("--split", help="CLEVR: which split")
+    parser.add_argument(
+        "--devkit",
+        metavar="PATH",
+        help="labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz or its folder",
+    )
+    parser.add_argument(
+        "--no-labels", action="store_true", help="write no labels; a folder's sub-folders are not classes then"
+    )
+    parser.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out files that cannot be read instead of failing at the end",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT.beton where it exists")
+    arguments = parser.parse_args(argv)
+    if arguments.workers is None:
+        arguments.workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if arguments.max_resolution is None:
+        arguments.max_resolution = (
+            512 if arguments.resize_short is None else min(2 * arguments.resize_short, MAX_RESOLUTION)
+        )
+    return arguments
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise UserError for values and combinations that cannot be meant."""
+    if arguments.workers < 1:
+        raise UserError(f"--workers is {arguments.workers}: give 1 or more")
+    if arguments.verify is not None:
+        if arguments.source is not None:
+            raise UserError("--verify checks a finished file: give either --verify FILE.beton, or SOURCE and OUT.beton")
+        return
+    if arguments.out is None:
+        raise UserError(
+            "SOURCE and OUT.beton are both needed: to_ffcv.py SOURCE OUT.beton, or --verify FILE.beton (see --help)"
+        )
+    _check_range(arguments)
+    if (arguments.smart_threshold is None) != (arguments.write_mode != "smart"):
+        raise UserError("--write-mode smart and --smart-threshold BYTES go together: give both or neither")
+    if arguments.compress_probability is not None and arguments.write_mode != "proportion":
+        raise UserError("--compress-probability is for --write-mode proportion: add that, or leave it out")
+    if arguments.devkit is not None and arguments.no_labels:
+        raise UserError("--devkit gives labels and --no-labels drops them: leave one of them out")
+    if not arguments.out.endswith(".beton"):
+        raise UserError(f"OUT is {arguments.out}: give a name that ends in .beton (the order is SOURCE OUT.beton)")
+    if os.path.isdir(arguments.out):
+        raise UserError(f"{arguments.out} is a folder: give another name for OUT.beton")
+    if os.path.exists(arguments.out) and not arguments.force:
+        raise UserError(f"{arguments.out} exists already: give another name, or --force to replace it")
+
+
+def _check_range(arguments: argparse.Namespace) -> None:
+    limits = {
+        "max_resolution": (1, MAX_RESOLUTION),
+        "resize_short": (1, MAX_RESOLUTION),
+        "jpeg_quality": (1, 100),
+        "compress_probability": (0, 1),
+        "smart_threshold": (0, None),
+        "limit": (1, None),
+    }
+    for name, (low, high) in limits.items():
+        value = getattr(arguments, name)
+        # Written so that a nan is refused too.
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            wanted = f"{low} or more" if high is None else f"{low} to {high}"
+            raise UserError(f"--{name.replace('_', '-')} is {value}: give {wanted}")
+    if arguments.resize_short is not None and arguments.resize_short > arguments.max_resolution:
+        raise UserError(
+            f"--resize-short {arguments.resize_short} is more than --max-resolution {arguments.max_resolution}, "
+            "which bounds the longer side: raise the latter"
+        )
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Convert SOURCE into OUT.beton and describe it in OUT.beton.json. Returns the exit code."""
+    source = choose_samples(arguments)
+    encoding = Encoding(
+        max_resolution=arguments.max_resolution,
+        resize_short=arguments.resize_short,
+        write_mode=arguments.write_mode,
+        jpeg_quality=arguments.jpeg_quality,
+        compress_probability=0.5 if arguments.compress_probability is None else arguments.compress_probability,
+        smart_threshold=arguments.smart_threshold,
+    )
+    started = time.monotonic()
+    try:
+        num_samples = write_beton(arguments, source, encoding)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise UserError(
+            f"cannot write {arguments.out} ({why}): make room, mend that or choose another place"
+        ) from error
+    size, seconds = os.path.getsize(arguments.out), time.monotonic() - started
+    print(f"{arguments.out}: {num_samples:,} samples, {gigabytes(size)}, {seconds:,.1f} s")
+    return 0
+
+
+def choose_samples(arguments: argparse.Namespace) -> Source:
+    """Open SOURCE, say what it is, and take from it what --limit asks for."""
+    given = arguments.source
+    try:
+        source = open_source(given, split=arguments.split, devkit=arguments.devkit, labelled=not arguments.no_labels)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or given} ({error.strerror or error}): mend that") from error
+    classes = f", {len(source.class_names):,} classes" if source.class_names else ""
+    print(f"{given}: {source.kind}, {len(source):,} images{classes}, fields: {', '.join(['image', *source.labels])}")
+    if source.ignored:
+        ignored = sorted(source.ignored.items())
+        print("ignored: " + ", ".join(f"{count:,} x {printable(what)}" for what, count in ignored))
+    if source.class_names:
+        counts = np.bincount(source.labels["label"], minlength=len(source.class_names))
+        empty = [source.class_names[label] for label in np.flatnonzero(counts == 0)]
+        if empty:
+            first = printable(empty[0])
+            print(f"note: {len(empty)} classes have no images but keep their number, the first is {first}")
+    if arguments.limit is not None and arguments.limit < len(source):
+        source = source.take(np.arange(arguments.limit, dtype=np.int64) * len(source) // arguments.limit)
+        print(f"--limit: {len(source):,} of them, evenly spread")
+    return source
+
+
+def write_beton(arguments: argparse.Namespace, source: Source, encoding: Encoding) -> int:
+    """Write OUT.beton and its note; returns how many samples it has. Raises OSError where it cannot be written."""
+    folder = os.path.dirname(os.path.abspath(arguments.out))
+    os.makedirs(folder, exist_ok=True)
+    check_space(source, encoding, folder)
+    from beton_writer import BetonWriter  # FFCV brings torch and numba, seconds of import: after the mistakes are found
+
+    with temporary_beside(arguments.out) as temporary:
+        num_workers = min(arguments.workers, len(source))
+        writer = BetonWriter(
+            temporary, labels=source.labels, max_resolution=encoding.max_resolution, num_workers=num_workers
+        )
+        writer.write(source, encoding)
+        report_unreadable(source, writer.unreadable)
+        if writer.unreadable and not arguments.skip_unreadable:
+            raise UserError(
+                f"{len(writer.unreadable)} of {len(source)} files could not be read (listed above), so {arguments.out} "
+                "was not written: mend or remove them, or give --skip-unreadable to leave them out"
+            )
+        note = describe(writer, source, encoding, given_source=arguments.source, limit=arguments.limit)
+        publish(arguments.out, temporary, note)
+    return len(writer.rows)
+
+
+def check_space(source: Source, encoding: Encoding, folder: str) -> None:
+    """Encode a few images; raise UserError where the whole certainly does not fit onto the disk."""
+    sizes = []
+    with quiet_decoding():
+        for sample in np.linspace(0, len(source) - 1, min(NUM_PROBES, len(source))).astype(int).tolist():
+            with contextlib.suppress(UnreadableImage, OSError):
+                sizes.append(encode_image(decode_rgb(source.read(sample)), sample, encoding).payload.nbytes)
+    if not sizes:
+        return
+    expected, free = float(np.mean(sizes)) * len(source), shutil.disk_usage(folder).free
+    print(f"about {gigabytes(expected)} expected, {gigabytes(free)} free")
+    if expected / 2 > free:  # half: a few images tell it roughly, and a wrong refusal is worse than a disk full later
+        raise UserError(
+            f"{folder} has {gigabytes(free)} free, but about {gigabytes(expected)} are needed: make room, choose "
+            "another place, or lower --max-resolution or --jpeg-quality"
+        )
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
+
+
+def report_unreadable(source: Source, unreadable: dict[int, str]) -> None:
+    for sample in sorted(unreadable)[:SHOWN]:
+        print(f"unreadable: {printable(source.names[sample])}: {unreadable[sample]}", file=sys.stderr)
+    if len(unreadable) > SHOWN:
+        print(f"and {len(unreadable) - SHOWN} more", file=sys.stderr)
+
+
+def printable(name: str) -> str:
+    """A file's name that any terminal takes, also where it is not valid UTF-8."""
+    return name.encode("utf-8", errors="backslashreplace").decode("utf-8")
+
+
+@contextlib.contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise Terminated inside. Signals are the main thread's: elsewhere this does nothing."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns its exit code; raises UserError for what the user can mend."""
+    arguments = parse_arguments(argv)
+    check_arguments(arguments)
+    try:
+        with termination_as_interrupt():
+            if arguments.verify is not None:
+                from beton_check import verify
+
+                return verify(arguments.verify, num_workers=arguments.workers)
+            return convert(arguments)
+    except KeyboardInterrupt as interrupt:
+        print("\ninterrupted: nothing was kept", file=sys.stderr)
+        return 143 if isinstance(interrupt, Terminated) else 130
+
+
+def hide_numba_at_exit() -> None:
+    """numba may complain of its own clean-up at the end ("Exception ignored in: <finalize object ...>")."""
+    shown = sys.unraisablehook
+    sys.unraisablehook = lambda problem: None if type(problem.object).__name__ == "finalize" else shown(problem)
+
+
+if __name__ == "__main__":
+    hide_numba_at_exit()
+    run_command(main)
