@@ -59,7 +59,7 @@ def save_checkpoint(
             _sync_folder(temporary)
     except OSError as caught:
         error = caught
-    if on_any_rank(error is not None, process):
+    if on_any_rank([error is not None], process)[0]:
         if process.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -134,7 +134,9 @@ def read_weights(checkpoint: Path, kind: str, prefix: str = "") -> dict[str, Ten
             filled[name] = filled.get(name, 0) + len(values)
     incomplete = [name for name, count in filled.items() if count != weights[name].numel()]
     if incomplete or not weights:
-        raise UserError(f"{checkpoint} lacks parts of {incomplete[:3] or kind}; remove this folder to use the one before")
+        raise UserError(
+            f"{checkpoint} lacks parts of {incomplete[:3] or kind}; remove this folder to use the one before"
+        )
     return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
 
 
@@ -169,7 +171,9 @@ def _fill(shard: MasterShard, values: Tensor, files: list[dict], kind: str, chec
                 piece.of(flat)[low - piece.start : high - piece.start].copy_(saved[low - start : high - start])
                 missing -= high - low
         if missing:
-            raise UserError(f"{checkpoint} lacks {missing} elements of {piece.name}; remove this folder to use the one before")
+            raise UserError(
+                f"{checkpoint} lacks {missing} elements of {piece.name}; remove this folder to use the one before"
+            )
 
 
 def _state(checkpoint: Path) -> dict:
@@ -189,7 +193,9 @@ def _open(checkpoint: Path) -> list[dict]:
             files.append(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{path} is damaged ({reason}); remove {checkpoint} to go on from the one before") from error
+            raise UserError(
+                f"{path} is damaged ({reason}); remove {checkpoint} to go on from the one before"
+            ) from error
     if not files:
         raise UserError(f"{checkpoint} holds no rank_*.pt; remove this folder to go on from the one before")
     return files

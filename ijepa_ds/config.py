@@ -250,7 +250,9 @@ def _check_deepspeed(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]
         if key in _OURS_INSTEAD:
             problems.append(f"{key} is not used here: {_OURS_INSTEAD[key]}")
         elif key not in DEEPSPEED_KEYS:
-            problems.append(f"{key} is not a key of DeepSpeed that this project uses{_nearest(key, {*DEEPSPEED_KEYS, 'ijepa'})}")
+            problems.append(
+                f"{key} is not a key of DeepSpeed that this project uses{_nearest(key, {*DEEPSPEED_KEYS, 'ijepa'})}"
+            )
     config = copy.deepcopy(raw)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
         value = config.get(key)
@@ -270,7 +272,9 @@ def _check_deepspeed(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]
         problems.append("zero_optimization.round_robin_gradients breaks reading the fp32 weights; leave it out")
     for key in ("offload_optimizer", "offload_param", "cpu_offload"):
         if zero.get(key):
-            problems.append(f"zero_optimization.{key} is not supported: the target encoder's average lives beside the fp32 weights")
+            problems.append(
+                f"zero_optimization.{key} is not supported: the target encoder's average lives beside the fp32 weights"
+            )
     if config["bf16"].get("enabled") and config["torch_autocast"].get("enabled"):
         problems.append("bf16.enabled and torch_autocast.enabled exclude each other; turn one off")
     _fill_deepspeed(config)

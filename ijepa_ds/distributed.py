@@ -41,13 +41,33 @@ def barrier(process: Process) -> None:
         dist.barrier(group=process.control)
 
 
-def on_any_rank(flag: bool, process: Process) -> bool:
-    """Whether ``flag`` holds on any rank: a decision that all take alike."""
+def on_any_rank(flags: list[bool], process: Process) -> list[bool]:
+    """Of each flag, whether it holds on any rank: decisions that all take alike."""
     if process.world_size == 1:
-        return flag
-    count = torch.tensor([int(flag)], dtype=torch.int32)
-    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=process.control)
-    return bool(count.item())
+        return flags
+    counts = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=process.control)
+    return [bool(count) for count in counts]
+
+
+def mean_over_ranks(value: torch.Tensor, process: Process) -> float:
+    """The mean of a scalar over all ranks: waits for the device."""
+    mean = value.detach().float().cpu()
+    if process.world_size > 1:
+        dist.all_reduce(mean, group=process.control)
+    return float(mean) / process.world_size
+
+
+def gather_rows(rows: torch.Tensor, process: Process) -> torch.Tensor:
+    """All ranks' rows [n_r, ...], interleaved as a stride over ranks dealt them out, on the CPU of every rank."""
+    if process.world_size == 1:
+        return rows
+    gathered: list = [None] * process.world_size
+    dist.all_gather_object(gathered, rows.cpu().numpy(), group=process.control)
+    whole = rows.new_empty((sum(map(len, gathered)), *rows.shape[1:]))
+    for rank, part in enumerate(gathered):
+        whole[rank :: process.world_size] = torch.from_numpy(part)
+    return whole
 
 
 class StopRequest:

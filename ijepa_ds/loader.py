@@ -218,7 +218,12 @@ class _SampleMasks(Operation):
 
     def generate_code(self):
         iterator, sampler = Compiler.get_iterator(), self.sampler
-        seed, room, num_targets, limit = np.uint64(sampler.seed), sampler.context_room, sampler.num_targets, sampler.limit
+        seed, room, num_targets, limit = (
+            np.uint64(sampler.seed),
+            sampler.context_room,
+            sampler.num_targets,
+            sampler.limit,
+        )
         draw_size, draw_image = sampler.draw_size, sampler.draw_image
         grid, target_scale, aspect_ratio, context_scale = sampler.geometry
 
@@ -229,9 +234,7 @@ class _SampleMasks(Operation):
                 tokens = sizes[0] * sizes[1]
                 row = rows[position]
                 targets = row[1 + room : 1 + room + num_targets * tokens].reshape((num_targets, tokens))
-                row[0] = draw_image(
-                    seed, step, sample, grid, sizes[:2], sizes[2:], limit, row[1 : 1 + room], targets
-                )
+                row[0] = draw_image(seed, step, sample, grid, sizes[:2], sizes[2:], limit, row[1 : 1 + room], targets)
             return rows[: len(batch_indices)]
 
         sample_masks.is_parallel = True
@@ -335,10 +338,32 @@ def _torch_threads_kept():
         torch.set_num_threads(threads)
 
 
+def _ahead_on(device: torch.device, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches on ``device``; on a GPU each is copied by a stream of its own while the one before is used."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies, ahead = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            copied = batch.to(device)
+        done = copies.record_event()
+        if ahead is not None:
+            yield ahead
+        done.synchronize()  # before the loader may write over the buffers that were copied
+        for tensor in (copied.images, copied.context_block, copied.target_blocks):
+            tensor.record_stream(torch.cuda.current_stream(device))
+        ahead = copied
+    if ahead is not None:
+        yield ahead
+
+
 def _refuse_failed(failed: torch.Tensor, samples: np.ndarray, path: str) -> None:
     if failed.any():
         bad = ", ".join(str(int(sample)) for sample in samples[failed.numpy()[:, 0] != 0][:8])
-        raise LoaderError(f"{path}: sample {bad} cannot be decoded; find all with: python data_prep/to_ffcv.py --verify {path}")
+        raise LoaderError(
+            f"{path}: sample {bad} cannot be decoded; find all with: python data_prep/to_ffcv.py --verify {path}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- what is used
@@ -382,13 +407,13 @@ class PretrainingLoader:
         }
         self.pipeline = _Pipeline(dataset, pipelines, batch_size=micro_batch, num_workers=num_workers)
 
-    def from_step(self, step: int, end: int) -> Iterator[Iterator[Batch]]:
-        """For each step in [step, end) an iterator over this rank's micro-batches, which must be used up."""
+    def from_step(self, step: int, end: int, device: torch.device | str = "cpu") -> Iterator[Iterator[Batch]]:
+        """For each step in [step, end) an iterator over this rank's micro-batches on ``device``, to be used up."""
         while step < end:
             epoch, first = divmod(step, self.steps_per_epoch)
             last = min(self.steps_per_epoch, first + end - step)
             order = permutation(self.seed, epoch, self.dataset.num_samples)
-            batches = self._epoch(order, epoch * self.steps_per_epoch, first, last)
+            batches = _ahead_on(torch.device(device), self._epoch(order, epoch * self.steps_per_epoch, first, last))
             for _ in range(first, last):
                 yield (next(batches) for _ in range(self.micro_batches_per_step))
             step += last - first
@@ -479,3 +504,9 @@ def read_labels(dataset: Dataset, field: str) -> np.ndarray:
     """All labels of a field, [num_samples], straight from the file's metadata."""
     reader = Reader(dataset.path)
     return np.array(reader.metadata[f"f{list(reader.handlers).index(field)}"]).reshape(-1)
+
+
+def integer_label_fields(dataset: Dataset) -> tuple[str, ...]:
+    """The label fields that hold classes."""
+    fields = Reader(dataset.path).handlers
+    return tuple(name for name in dataset.label_fields if isinstance(fields[name], IntField))

@@ -1,0 +1,107 @@
+"""The folder of a run: its effective configuration, versions, checkpoints, scalars, pictures and the exported encoder."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ijepa_ds.checkpoint import list_checkpoints, remove_incomplete
+from ijepa_ds.config import Config, parse_config
+from ijepa_ds.errors import UserError
+
+_PACKAGES = ("torch", "deepspeed", "timm", "ffcv", "numpy", "numba", "ijepa_ds")
+
+
+class RunFolder:
+    """``runs/NAME``: config.json, checkpoints/, export/, metrics.jsonl, pictures/ and TensorBoard's files."""
+
+    def __init__(self, config: Config):
+        self.path = Path(config.ijepa.run.folder) / config.ijepa.run.name
+        self.checkpoints = self.path / "checkpoints"
+        self.export = self.path / "export"
+
+    def check_belongs(self, config: Config, num_images: int) -> None:
+        """Refuse a folder that holds another run: what differs is listed. Reads only."""
+        file = self.path / "config.json"
+        if not file.exists():
+            if list_checkpoints(self.checkpoints):
+                raise UserError(f"{self.path} holds checkpoints but no config.json; choose another ijepa.run.name")
+            return
+        try:
+            saved = json.loads(file.read_text())
+            then = {
+                **parse_config(saved["config"], source=str(file)).recipe(),
+                "images in ijepa.data.train": saved["images"],
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file} cannot be read ({error}); move {self.path} away or choose another ijepa.run.name"
+            ) from None
+        now = {**config.recipe(), "images in ijepa.data.train": num_images}
+        differing = [
+            f"\n  - {key}: {json.dumps(then.get(key))} there, {json.dumps(now.get(key))} here"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key)
+        ]
+        if differing:
+            raise UserError(
+                f"{self.path} belongs to a run with another configuration; choose another ijepa.run.name, or remove the "
+                f"folder to start over. What differs:{''.join(differing)}"
+            )
+
+    def prepare(self, config: Config, num_images: int) -> dict[str, Any]:
+        """Make the folder, remove what a killed process left half written, record configuration and versions."""
+        record = {"config": config.as_dict(), "images": num_images, "versions": versions(), "commit": git_commit()}
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            remove_incomplete(self.checkpoints)
+            temporary = self.path / "config.json.tmp"
+            temporary.write_text(json.dumps(record, indent=2) + "\n")
+            os.replace(temporary, self.path / "config.json")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error}); choose another ijepa.run.folder") from error
+        return record
+
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, if there is one."""
+        found = list_checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+
+def read_run_config(path: Path) -> Config:
+    """The configuration that a run was started with, from its folder."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise UserError(f"{path} is not a run folder: it has no config.json")
+    return parse_config(json.loads(file.read_text())["config"], source=str(file))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def git_commit() -> str:
+    """The commit of this source tree, with a mark where files differ from it; "unknown" outside a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,386 @@
+"""Pretraining: the loop, and what happens between its steps.
+
+The state of a run is the engine's master weights and moments, the target encoder's average, and one integer, the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from ijepa_ds.checkpoint import load_checkpoint, save_checkpoint
+from ijepa_ds.config import Config, load_config
+from ijepa_ds.distributed import Process, StopRequest, mean_over_ranks, on_any_rank
+from ijepa_ds.encoder import Dimensions, VisionTransformer, dimensions_of, set_attention
+from ijepa_ds.engine import (
+    adam_state,
+    autocast_dtype,
+    build_engine,
+    check_batch,
+    gradient_norm,
+    init_distributed,
+    working_dtype,
+)
+from ijepa_ds.errors import UserError
+from ijepa_ds.evaluation.online import OnlineKNN
+from ijepa_ds.exchange import export_timm
+from ijepa_ds.health import health
+from ijepa_ds.ijepa import IJEPA, normalize_images
+from ijepa_ds.loader import Batch, Dataset, PretrainingLoader, inspect_dataset
+from ijepa_ds.masks import MaskSampler, MultiblockSampler, ReferenceSampler, default_context_tokens
+from ijepa_ds.monitor import Meter, Monitor, duration
+from ijepa_ds.optimizer import set_hyperparameters
+from ijepa_ds.pictures import draw_masks, feature_sheet
+from ijepa_ds.predictor import Predictor
+from ijepa_ds.run_folder import RunFolder
+from ijepa_ds.schedules import Hyperparameters, Schedules, build_schedules
+from ijepa_ds.target_encoder import TargetEncoder
+
+_PICTURE_IMAGES = 8
+_HEALTH_IMAGES = 256
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of run.py."""
+    parser = argparse.ArgumentParser(prog="deepspeed run.py", description="Pretrain an I-JEPA encoder.")
+    parser.add_argument("--config", required=True, help="a file of ds_configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="such as ijepa.data.workers=4")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
+    options = parser.parse_args(arguments)
+    train(load_config(options.config, options.set))
+    return 0
+
+
+def train(config: Config) -> None:
+    """Pretrain as ``config`` says, going on from the run folder's newest checkpoint."""
+    dataset, sampler = check_before_building(config)
+    process = init_distributed()
+    check_batch(config, process)
+    model = build_ijepa(config).to(process.device)
+    engine, shards = build_engine(model, config)
+    target_encoder = TargetEncoder(build_target(config, process), shards, autocast=autocast_dtype(config))
+    loader = build_loader(config, dataset, sampler, process)
+    schedules = schedules_of(config, loader.steps_per_epoch)
+    run = Run(config, process, engine, shards, target_encoder, loader)
+    step = run.resume()
+    for batches in loader.from_step(step, run.last_step, process.device):
+        now = schedules.at(step)
+        set_hyperparameters(engine.optimizer, now)
+        for batch in run.meter.watch(batches):
+            images = run.to_input(batch.images)
+            targets = target_encoder(images, batch.target_blocks)
+            loss = engine(images, batch.context_block, batch.target_blocks, targets)
+            engine.backward(loss)
+            engine.step()
+            run.add(loss, batch)  # stays on the device
+        if engine.was_step_applied():  # a step with a gradient that is not finite is skipped by DeepSpeed
+            target_encoder.update(now.momentum)
+        step += 1
+        if run.after_step(step, now):  # logs, pictures, checkpoints: the only waits for the device
+            break
+    run.finish(step)
+
+
+# ------------------------------------------------------------------------------------- from a config to its parts
+
+
+def check_before_building(config: Config) -> tuple[Dataset, MaskSampler]:
+    """Everything that can be refused before a model is built or a process joins."""
+    data = config.ijepa.data
+    dataset = inspect_dataset(data.train)
+    if data.validation is not None:
+        inspect_dataset(data.validation)
+    if dataset.num_samples < config.global_batch:
+        raise UserError(
+            f"{data.train} holds {dataset.num_samples} images, fewer than one global batch; lower train_batch_size = "
+            f"{config.global_batch}"
+        )
+    encoder_dimensions(config)
+    sampler = build_sampler(config)
+    RunFolder(config).check_belongs(config, dataset.num_samples)
+    return dataset, sampler
+
+
+def encoder_dimensions(config: Config) -> Dimensions:
+    """The encoder's size: the named one with what the config overrides."""
+    model = config.ijepa.model
+    overrides = {key: getattr(model, key) for key in ("width", "depth", "heads", "mlp_ratio")}
+    dimensions = dataclasses.replace(
+        dimensions_of(model.encoder), **{key: value for key, value in overrides.items() if value is not None}
+    )
+    heads = model.predictor_heads or dimensions.heads
+    for key, width, count in (
+        ("width", dimensions.width, dimensions.heads),
+        ("predictor_width", model.predictor_width, heads),
+    ):
+        if width % count or width % 4:
+            raise UserError(
+                f"ijepa.model.{key} = {width} must divide by its {count} heads and by 4; change one of them"
+            )
+    return dimensions
+
+
+def build_sampler(config: Config) -> MaskSampler:
+    """The mask sampler; refuses a grid on which no valid draw exists."""
+    masks = config.ijepa.masks
+    shared = {
+        "seed": config.ijepa.run.seed,
+        "grid": config.grid,
+        "num_targets": masks.num_targets,
+        "target_scale": masks.target_scale,
+        "target_aspect_ratio": masks.target_aspect_ratio,
+        "context_scale": masks.context_scale,
+    }
+    if masks.sampler == "reference":
+        return ReferenceSampler(**shared, min_keep=masks.min_keep, truncation_group=masks.truncation_group)
+    return MultiblockSampler(**shared, context_tokens=masks.context_tokens or default_context_tokens(config.grid))
+
+
+def build_encoder(config: Config, generator: torch.Generator | None = None) -> VisionTransformer:
+    """The vision transformer of a config, initialised from ``generator``."""
+    model = config.ijepa.model
+    return VisionTransformer(
+        config.ijepa.data.image_size,
+        model.patch_size,
+        encoder_dimensions(config),
+        activation_checkpointing=model.activation_checkpointing,
+        generator=generator,
+    )
+
+
+def build_ijepa(config: Config) -> IJEPA:
+    """Context encoder and predictor; their initial weights are a pure function of ``run.seed``."""
+    generator = torch.Generator().manual_seed(config.ijepa.run.seed)
+    model = config.ijepa.model
+    encoder = build_encoder(config, generator)
+    predictor = Predictor(
+        config.grid,
+        encoder.embed_dim,
+        width=model.predictor_width,
+        depth=model.predictor_depth,
+        heads=model.predictor_heads or encoder_dimensions(config).heads,
+        activation_checkpointing=model.activation_checkpointing,
+        generator=generator,
+    )
+    ijepa = IJEPA(encoder, predictor)
+    set_attention(ijepa, fused=torch.cuda.is_available())
+    if config.ijepa.compile:
+        for block in [*encoder.blocks, *predictor.predictor_blocks]:
+            block.compile()
+    return ijepa
+
+
+def build_target(config: Config, process: Process) -> VisionTransformer:
+    """The target encoder's architecture, without weights."""
+    with torch.device("meta"):
+        encoder = build_encoder(config)
+    set_attention(encoder, fused=process.device.type == "cuda")
+    if config.ijepa.compile:
+        for block in encoder.blocks:
+            block.compile()
+    return encoder
+
+
+def build_loader(config: Config, dataset: Dataset, sampler: MaskSampler, process: Process) -> PretrainingLoader:
+    """The pretraining loader of this process."""
+    data = config.ijepa.data
+    return PretrainingLoader(
+        dataset,
+        sampler,
+        image_size=data.image_size,
+        crop_scale=data.crop_scale,
+        crop_ratio=data.crop_ratio,
+        seed=config.ijepa.run.seed,
+        global_batch=config.global_batch,
+        micro_batch=config.micro_batch,
+        rank=process.rank,
+        world_size=process.world_size,
+        num_workers=data.workers,
+    )
+
+
+def schedules_of(config: Config, steps_per_epoch: int) -> Schedules:
+    """The schedules of a config in steps."""
+    recipe = dataclasses.asdict(config.ijepa.optimization)
+    del recipe["betas"], recipe["eps"]
+    return build_schedules(steps_per_epoch=steps_per_epoch, **recipe)
+
+
+# --------------------------------------------------------------------------------------------- between the steps
+
+
+class Run:
+    """What surrounds the loop: folder, monitor, checkpoints, stopping."""
+
+    def __init__(self, config, process, engine, shards, target_encoder: TargetEncoder, loader: PretrainingLoader):
+        self.config, self.process, self.engine, self.shards = config, process, engine, shards
+        self.target_encoder, self.loader = target_encoder, loader
+        self.folder = RunFolder(config)
+        self.total_steps = max(1, int(config.ijepa.optimization.epochs * loader.steps_per_epoch))
+        self.last_step = min(self.total_steps, config.ijepa.run.stop_after_steps or self.total_steps)
+        self.meter = Meter(images_per_step=config.global_batch)
+        self.knn = OnlineKNN(config, process)
+        self.stop = StopRequest()
+        data, dtype = config.ijepa.data, working_dtype(config)
+        self._normalization = {"mean": _row(data.mean, process), "std": _row(data.std, process), "dtype": dtype}
+        self._loss, self._micro_batches, self._skipped = torch.zeros((), device=process.device), 0, 0
+        self._batch: Batch | None = None
+        self._saved_step, self._saved_time = -1, time.monotonic()
+
+    def to_input(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, H, W, 3] -> the encoders' input [B, 3, H, W]."""
+        return normalize_images(images, **self._normalization)
+
+    def resume(self) -> int:
+        """Open the run folder; returns the step to begin with, 0 or that of the newest checkpoint."""
+        if self.process.is_main:
+            record = self.folder.prepare(self.config, self.loader.dataset.num_samples)
+        checkpoint = self.folder.newest_checkpoint()
+        step = 0
+        if checkpoint is not None:
+            step = load_checkpoint(checkpoint, self.shards, self.target_encoder, self._adam)
+            self._saved_step = step
+        self.monitor = Monitor(
+            self.folder.path,
+            enabled=self.process.is_main,
+            total_steps=self.last_step,
+            images_per_step=self.config.global_batch,
+            start_step=step,
+        )
+        if self.process.is_main:
+            self.monitor.text("config", f"```json\n{json.dumps(record, indent=2)}\n```")
+            self._say_what_starts(step)
+        return step
+
+    def add(self, loss: torch.Tensor, batch: Batch) -> None:
+        """Note a micro-batch's loss without waiting for the device."""
+        self._loss += loss.detach()
+        self._micro_batches += 1
+        self._batch = batch
+
+    def after_step(self, step: int, now: Hyperparameters) -> bool:
+        """Log, draw, evaluate and save what is due after ``step`` steps; true where the run must end here."""
+        self.meter.step_done()
+        self._skipped += not self.engine.was_step_applied()
+        monitor, last = self.config.ijepa.monitor, step == self.last_step
+        if step % monitor.log_steps == 0 or last:
+            self._log(step, now)
+        with self.meter.pause():
+            if _due(step, monitor.health_steps, last):
+                self._log_health(step)
+            if _due(step, monitor.picture_steps, last) or step == 1:
+                self._draw(step)
+            if self.knn.due(step, self.loader.steps_per_epoch, last):
+                self.monitor.scalars(step, self.knn.accuracy(self.target_encoder, self.to_input))
+            stop, save = on_any_rank([self.stop.requested is not None, self._checkpoint_due(step)], self.process)
+            if (save or stop) and not last:
+                self._save(step)
+        if stop and not last:
+            self.monitor.say(
+                f"stopped by {self.stop.requested or 'another rank'} after step {step}; the same command goes on"
+            )
+        return stop
+
+    def finish(self, step: int) -> None:
+        """The last checkpoint, and the exported target encoder where the run is complete."""
+        if step != self._saved_step:
+            self._save(step)
+        if step >= self.total_steps and self.process.is_main:
+            path = export_timm(self.folder.newest_checkpoint(), self.config, self.folder.export)
+            self.monitor.say(f"the target encoder, for timm: {path}")
+        if step >= self.last_step:
+            self.monitor.say(
+                f"done: {step} steps, in {self.folder.path}; look at it with: tensorboard --logdir {self.folder.path.parent}"
+            )
+        self.monitor.close()
+        self.stop.restore()
+
+    def _log(self, step: int, now: Hyperparameters) -> None:
+        loss = mean_over_ranks(self._loss / max(1, self._micro_batches), self.process)
+        self._loss.zero_()
+        self._micro_batches = 0
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is not finite around step {step}; the checkpoints up to step {max(0, self._saved_step)} are good: "
+                "lower ijepa.optimization.lr_peak, or look for broken images with data_prep/to_ffcv.py --verify"
+            )
+        values = {
+            "epoch": step / self.loader.steps_per_epoch,
+            "loss": loss,
+            **dataclasses.asdict(now),
+            **self.meter.read(),
+            "context_tokens": float(self._batch.context_block.shape[1]),
+            "target_tokens": float(self._batch.target_blocks.shape[2]),
+        }
+        norm = gradient_norm(self.engine)
+        if norm is not None:
+            values["grad_norm"] = norm
+        if self._skipped:
+            values["skipped_steps"] = float(self._skipped)
+        if self.process.device.type == "cuda":
+            values["memory_gb"] = torch.cuda.max_memory_allocated(self.process.device) / 1e9
+        self.monitor.scalars(step, values)
+
+    def _log_health(self, step: int) -> None:
+        if self.process.is_main:
+            features = self.target_encoder.features(self.to_input(self._batch.images[:_HEALTH_IMAGES]))
+            self.monitor.scalars(step, health(features))
+
+    def _draw(self, step: int) -> None:
+        if not self.process.is_main:
+            return
+        batch, few = self._batch, _PICTURE_IMAGES
+        images = batch.images[:few].cpu().numpy()
+        blocks = batch.context_block[:few].cpu().numpy(), batch.target_blocks[:, :few].cpu().numpy()
+        self.monitor.picture(step, "masks", draw_masks(images, *blocks, grid=self.config.grid))
+        features = self.target_encoder.features(self.to_input(batch.images[:few]))
+        self.monitor.picture(step, "features", feature_sheet(images, features.float().cpu(), grid=self.config.grid))
+
+    def _checkpoint_due(self, step: int) -> bool:
+        settings = self.config.ijepa.checkpoint
+        by_time = settings.minutes > 0 and time.monotonic() - self._saved_time > 60 * settings.minutes
+        return by_time or _due(step, settings.steps, False)
+
+    def _save(self, step: int) -> None:
+        began = time.monotonic()
+        if not on_any_rank([bool(torch.isfinite(self._loss))], self.process)[0]:
+            return  # the next log line ends the run; what was saved before stays the newest
+        keep = self.config.ijepa.checkpoint.keep
+        path = save_checkpoint(
+            self.folder.checkpoints, step, self.shards, self.target_encoder, self._adam, self.process, keep=keep
+        )
+        self._saved_step, self._saved_time = step, time.monotonic()
+        self.monitor.say(f"saved {path} in {time.monotonic() - began:.1f} s")
+
+    def _adam(self, shard):
+        return adam_state(self.engine, shard)
+
+    def _say_what_starts(self, step: int) -> None:
+        config, loader = self.config, self.loader
+        parameters = {
+            name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in self.engine.module.named_children()
+        }
+        self.monitor.say(
+            f"{config.ijepa.run.name}: encoder {parameters['context_encoder']:.1f} M, predictor "
+            f"{parameters['predictor']:.1f} M parameters; {loader.dataset.num_samples} images, {loader.steps_per_epoch} steps "
+            f"an epoch, {self.total_steps} in all\n"
+            f"batch {config.global_batch} = {self.process.world_size} processes x {config.micro_batch} images x "
+            f"{loader.micro_batches_per_step} micro-batches; ZeRO {config.zero_stage}, {working_dtype(config)}, "
+            f"{self.process.device.type}; {loader.pipeline.num_workers} loading threads a process\n"
+            f"masks: {config.ijepa.masks.sampler} on {config.grid[0]} x {config.grid[1]} patches; folder {self.folder.path}; "
+            + (f"going on from step {step}" if step else "starting at step 0")
+        )
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return every > 0 and (step % every == 0 or last)
+
+
+def _row(values: tuple[float, ...], process: Process) -> torch.Tensor:
+    return torch.tensor(values, device=process.device)
