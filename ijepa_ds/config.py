@@ -21,16 +21,35 @@ from ijepa_ds.errors import UserError
 
 # DeepSpeed's own top-level keys that make sense here. DeepSpeed ignores any other silently, so we refuse it.
 DEEPSPEED_KEYS = frozenset(
-    "train_batch_size train_micro_batch_size_per_gpu zero_optimization bf16 torch_autocast data_types gradient_clipping "
-    "communication_data_type prescale_gradients gradient_predivide_factor gradient_allreduce_op steps_per_print "
-    "wall_clock_breakdown memory_breakdown dump_state disable_python_gc comms_logger flops_profiler timers log_level "
-    "zero_allow_untested_optimizer".split()
+    {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "zero_optimization",
+        "bf16",
+        "torch_autocast",
+        "data_types",
+        "gradient_clipping",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "gradient_allreduce_op",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "disable_python_gc",
+        "comms_logger",
+        "flops_profiler",
+        "timers",
+        "log_level",
+        "zero_allow_untested_optimizer",
+    }
 )
 _OURS_INSTEAD = {
     "optimizer": "the optimizer is AdamW; set it in ijepa.optimization",
     "scheduler": "learning rate, weight decay and momentum are schedules of ijepa.optimization",
-    "gradient_accumulation_steps": "it is derived from train_batch_size, train_micro_batch_size_per_gpu and the number of "
-    "processes, so that one file serves any number of GPUs; leave it out",
+    "gradient_accumulation_steps": "it is derived from train_batch_size, train_micro_batch_size_per_gpu and the "
+    "number of processes, so that one file serves any number of GPUs; leave it out",
     "fp16": "fp16 needs loss scaling, which the target encoder's average does not follow; use bf16",
     "activation_checkpointing": "set ijepa.model.activation_checkpointing",
     "checkpoint": "set ijepa.checkpoint",
@@ -265,8 +284,8 @@ def _check_deepspeed(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]
     zero = config["zero_optimization"]
     if zero.get("stage", 0) not in (0, 1, 2):
         problems.append(
-            f"zero_optimization.stage = {json.dumps(zero.get('stage'))} cannot be used: stage 3 would shard the weights that "
-            "the target encoder's average is taken from; set 2, which holds even ViT-g on one 80 GB GPU"
+            f"zero_optimization.stage = {json.dumps(zero.get('stage'))} cannot be used: stage 3 would shard the weights "
+            "that the target encoder's average is taken from; set 2, which holds even ViT-g on one 80 GB GPU"
         )
     if zero.get("round_robin_gradients"):
         problems.append("zero_optimization.round_robin_gradients breaks reading the fp32 weights; leave it out")
@@ -390,8 +409,8 @@ def _check_together(ijepa: IJEPAConfig, deepspeed: dict[str, Any], problems: lis
         group = masks.truncation_group
         if masks.sampler == "reference" and (group % micro or batch % group):
             problems.append(
-                f"ijepa.masks.truncation_group = {group} must be a multiple of train_micro_batch_size_per_gpu = {micro} and "
-                f"divide train_batch_size = {batch}: its images share one number of context tokens"
+                f"ijepa.masks.truncation_group = {group} must be a multiple of train_micro_batch_size_per_gpu = "
+                f"{micro} and divide train_batch_size = {batch}: its images share one number of context tokens"
             )
 
 

@@ -26,6 +26,16 @@ class Process:
         return self.rank == 0
 
 
+def share_cpu_threads() -> None:
+    """Give torch this process's share of the cores, unless OMP_NUM_THREADS says otherwise.
+
+    Ranks on one machine share its cores (more threads than cores halve the speed), and importing ffcv leaves torch one.
+    """
+    local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))  # DeepSpeed's, torchrun's
+    share = max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
+
+
 def set_single_process_defaults() -> None:
     """Let ``python run.py`` run as one process: without a launcher DeepSpeed would look for MPI."""
     if "RANK" not in os.environ:
@@ -71,7 +81,7 @@ def gather_rows(rows: torch.Tensor, process: Process) -> torch.Tensor:
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an end at the next step boundary; a second SIGINT ends at once."""
+    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an end at the next step; a second SIGINT ends at once."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

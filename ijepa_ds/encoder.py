@@ -43,7 +43,7 @@ NAMED_DIMENSIONS = {
 
 
 def dimensions_of(name: str) -> Dimensions:
-    """Dimensions by our name (tiny to giant) or by the name of any plain ViT of timm, such as ``vit_small_patch16_224``."""
+    """Dimensions by our name (tiny to giant) or that of any plain ViT of timm, such as ``vit_small_patch16_224``."""
     if name in NAMED_DIMENSIONS:
         return NAMED_DIMENSIONS[name]
     names = ", ".join(NAMED_DIMENSIONS)

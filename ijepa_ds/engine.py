@@ -21,7 +21,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ijepa_ds.config import Config
-from ijepa_ds.distributed import Process, set_single_process_defaults
+from ijepa_ds.distributed import Process, set_single_process_defaults, share_cpu_threads
 from ijepa_ds.errors import UserError
 from ijepa_ds.ijepa import IJEPA
 from ijepa_ds.optimizer import build_optimizer
@@ -36,6 +36,7 @@ def init_distributed() -> Process:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    share_cpu_threads()
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() != "cpu":
@@ -139,7 +140,7 @@ def _replicated(groups, masters, param_groups, names) -> list[MasterShard]:
 
 
 def adam_state(engine: deepspeed.DeepSpeedEngine, shard: MasterShard) -> dict[str, torch.Tensor]:
-    """AdamW's state of a shard: ``step`` (scalar), ``exp_avg`` and ``exp_avg_sq`` [P]. Made where no step was taken yet."""
+    """AdamW's state of a shard: ``step`` (scalar), ``exp_avg`` and ``exp_avg_sq`` [P]; made before the first step."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     state = optimizer.state[shard.adam_key]
     if not state:

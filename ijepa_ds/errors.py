@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 def run_command(command: Callable[[], int | None]) -> None:
-    """Run ``command`` and leave the process with its exit code; a :class:`UserError` becomes one line and exit code 2."""
+    """Run ``command`` and leave the process with its exit code; a :class:`UserError` becomes a line and exit code 2."""
     try:
         sys.exit(command() or 0)
     except UserError as error:

@@ -1,6 +1,7 @@
 """The method (Assran et al., CVPR 2023, arXiv 2301.08243): context encoder, predictor and loss.
 
-Shapes: B images, N patches, K context tokens, M target blocks, T tokens of a target block, D encoder width, H x W pixels.
+Shapes: B images, N patches, K context tokens, M target blocks, T tokens of a target block, D encoder width, H x W
+pixels.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def prediction_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def select_targets(features: Tensor, target_blocks: Tensor) -> Tensor:
-    """Target encoder's features [B, N, D] at target_blocks [M, B, T], layer-normalised: [M * B, T, D] fp32, block-major.
+    """Features [B, N, D] of the target encoder at target_blocks [M, B, T], layer-normalised: [M * B, T, D] fp32.
 
     The norm is over features and without affine, so it commutes with the selection and comes after it.
     """

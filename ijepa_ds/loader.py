@@ -1,8 +1,8 @@
 """The loader: FFCV's pipeline with our crops and masks drawn inside its compiled code. All of ffcv is imported here.
 
 A batch of a step depends on (seed, step, sample) alone: the order yields ``sample | step << 32``, FFCV hands these
-numbers through untouched, and every operation masks the sample out and uses the whole number as the key of its random
-streams. So the same images, crops and masks arrive for any world size, micro-batch and worker count, and after a resume.
+through untouched, and every operation masks the sample out and uses the whole number as the key of its random
+streams. So the same images, crops and masks arrive for any world size, micro-batch, worker count, and after a resume.
 
 Shapes: B images of a micro-batch, K context tokens, M target blocks, T tokens of a target block, H x W pixels.
 """
@@ -125,7 +125,7 @@ def inspect_dataset(path: str | os.PathLike) -> Dataset:
 
 @njit(cache=True)
 def random_crop(height, width, key, scale, ratio):
-    """Random resized crop (torchvision's RandomResizedCrop): top, left, rows, columns. ``scale`` is a share of the area."""
+    """Random resized crop as torchvision has it: top, left, rows, columns. ``scale`` is a share of the area."""
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for attempt in range(10):
         area = height * width * (scale[0] + uniform(key, 4 * attempt) * (scale[1] - scale[0]))

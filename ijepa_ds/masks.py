@@ -255,9 +255,9 @@ class MultiblockSampler(_Sampler):
         worst = min(self._possible_sizes(), key=self._room)
         if self.context_tokens > self._room(worst):
             raise UserError(
-                f"masks.context_tokens = {self.context_tokens} cannot be drawn on a grid of {_by(self.grid)} patches: a "
-                f"context block of {_by(worst.context)} leaves at most {self._room(worst)} patches beside a target block "
-                f"of {_by(worst.target)}; lower masks.context_tokens or masks.target_scale"
+                f"masks.context_tokens = {self.context_tokens} cannot be drawn on a grid of {_by(self.grid)} patches: "
+                f"a context block of {_by(worst.context)} leaves at most {self._room(worst)} patches beside a target "
+                f"block of {_by(worst.target)}; lower masks.context_tokens or masks.target_scale"
             )
 
     @property
@@ -322,8 +322,9 @@ MaskSampler = MultiblockSampler | ReferenceSampler
 
 
 def default_context_tokens(grid: tuple[int, int]) -> int:
-    """The context budget K: 72 of the 256 patches of ViT-H/14 at 224 (98.4 % of all draws hold as many), in proportion
-    on other grids. Close to what the released code keeps at 128 images a GPU (68.3), so as costly as the reference."""
+    """The context budget K: 72 of the 256 patches of ViT-H/14 at 224 (98.4 % of all draws hold as many), in
+    proportion on other grids. Close to the 68.3 that the released code keeps at 128 images a GPU, so as costly as that.
+    """
     return max(1, round(grid[0] * grid[1] * 72 / 256))
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: its effective configuration, versions, checkpoints, scalars, pictures and the exported encoder."""
+"""The folder of a run: effective configuration, versions, checkpoints, scalars, pictures, the exported encoder."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class RunFolder:
         ]
         if differing:
             raise UserError(
-                f"{self.path} belongs to a run with another configuration; choose another ijepa.run.name, or remove the "
-                f"folder to start over. What differs:{''.join(differing)}"
+                f"{self.path} belongs to a run with another configuration; choose another ijepa.run.name, or remove "
+                f"the folder to start over. What differs:{''.join(differing)}"
             )
 
     def prepare(self, config: Config, num_images: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The target encoder: an exponential moving average of the context encoder, never trained.
 
-The average is kept in fp32, sharded as ZeRO shards the master weights: each rank averages its own slice, casts it to the
+The average is kept in fp32, sharded as ZeRO shards the master weights: each rank averages its slice, casts it to the
 working dtype and gathers the others' (an average kept in bf16 barely moves: at momentum 0.996 a step is smaller than
 bf16 can resolve). The forward pass runs without gradients in the working dtype.
 
@@ -48,7 +48,7 @@ class TargetEncoder:
         self.publish()
 
     def __call__(self, images: Tensor, target_blocks: Tensor) -> Tensor:
-        """images [B, 3, H, W], target_blocks [M, B, T] -> targets [M * B, T, D], fp32, layer-normalised, block-major."""
+        """images [B, 3, H, W], target_blocks [M, B, T] -> targets [M * B, T, D], fp32, layer-normalised."""
         with torch.no_grad():
             return select_targets(self.features(images), target_blocks)
 

@@ -10,14 +10,13 @@ import dataclasses
 import json
 import math
 import time
-from pathlib import Path
 
 import torch
 
+from ijepa_ds.build import build_ijepa, build_loader, build_target, check_before_building, schedules_of
 from ijepa_ds.checkpoint import load_checkpoint, save_checkpoint
 from ijepa_ds.config import Config, load_config
 from ijepa_ds.distributed import Process, StopRequest, mean_over_ranks, on_any_rank
-from ijepa_ds.encoder import Dimensions, VisionTransformer, dimensions_of, set_attention
 from ijepa_ds.engine import (
     adam_state,
     autocast_dtype,
@@ -31,15 +30,13 @@ from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.online import OnlineKNN
 from ijepa_ds.exchange import export_timm
 from ijepa_ds.health import health
-from ijepa_ds.ijepa import IJEPA, normalize_images
-from ijepa_ds.loader import Batch, Dataset, PretrainingLoader, inspect_dataset
-from ijepa_ds.masks import MaskSampler, MultiblockSampler, ReferenceSampler, default_context_tokens
-from ijepa_ds.monitor import Meter, Monitor, duration
+from ijepa_ds.ijepa import normalize_images
+from ijepa_ds.loader import Batch, PretrainingLoader
+from ijepa_ds.monitor import Meter, Monitor
 from ijepa_ds.optimizer import set_hyperparameters
 from ijepa_ds.pictures import draw_masks, feature_sheet
-from ijepa_ds.predictor import Predictor
 from ijepa_ds.run_folder import RunFolder
-from ijepa_ds.schedules import Hyperparameters, Schedules, build_schedules
+from ijepa_ds.schedules import Hyperparameters
 from ijepa_ds.target_encoder import TargetEncoder
 
 _PICTURE_IMAGES = 8
@@ -85,134 +82,6 @@ def train(config: Config) -> None:
         if run.after_step(step, now):  # logs, pictures, checkpoints: the only waits for the device
             break
     run.finish(step)
-
-
-# ------------------------------------------------------------------------------------- from a config to its parts
-
-
-def check_before_building(config: Config) -> tuple[Dataset, MaskSampler]:
-    """Everything that can be refused before a model is built or a process joins."""
-    data = config.ijepa.data
-    dataset = inspect_dataset(data.train)
-    if data.validation is not None:
-        inspect_dataset(data.validation)
-    if dataset.num_samples < config.global_batch:
-        raise UserError(
-            f"{data.train} holds {dataset.num_samples} images, fewer than one global batch; lower train_batch_size = "
-            f"{config.global_batch}"
-        )
-    encoder_dimensions(config)
-    sampler = build_sampler(config)
-    RunFolder(config).check_belongs(config, dataset.num_samples)
-    return dataset, sampler
-
-
-def encoder_dimensions(config: Config) -> Dimensions:
-    """The encoder's size: the named one with what the config overrides."""
-    model = config.ijepa.model
-    overrides = {key: getattr(model, key) for key in ("width", "depth", "heads", "mlp_ratio")}
-    dimensions = dataclasses.replace(
-        dimensions_of(model.encoder), **{key: value for key, value in overrides.items() if value is not None}
-    )
-    heads = model.predictor_heads or dimensions.heads
-    for key, width, count in (
-        ("width", dimensions.width, dimensions.heads),
-        ("predictor_width", model.predictor_width, heads),
-    ):
-        if width % count or width % 4:
-            raise UserError(
-                f"ijepa.model.{key} = {width} must divide by its {count} heads and by 4; change one of them"
-            )
-    return dimensions
-
-
-def build_sampler(config: Config) -> MaskSampler:
-    """The mask sampler; refuses a grid on which no valid draw exists."""
-    masks = config.ijepa.masks
-    shared = {
-        "seed": config.ijepa.run.seed,
-        "grid": config.grid,
-        "num_targets": masks.num_targets,
-        "target_scale": masks.target_scale,
-        "target_aspect_ratio": masks.target_aspect_ratio,
-        "context_scale": masks.context_scale,
-    }
-    if masks.sampler == "reference":
-        return ReferenceSampler(**shared, min_keep=masks.min_keep, truncation_group=masks.truncation_group)
-    return MultiblockSampler(**shared, context_tokens=masks.context_tokens or default_context_tokens(config.grid))
-
-
-def build_encoder(config: Config, generator: torch.Generator | None = None) -> VisionTransformer:
-    """The vision transformer of a config, initialised from ``generator``."""
-    model = config.ijepa.model
-    return VisionTransformer(
-        config.ijepa.data.image_size,
-        model.patch_size,
-        encoder_dimensions(config),
-        activation_checkpointing=model.activation_checkpointing,
-        generator=generator,
-    )
-
-
-def build_ijepa(config: Config) -> IJEPA:
-    """Context encoder and predictor; their initial weights are a pure function of ``run.seed``."""
-    generator = torch.Generator().manual_seed(config.ijepa.run.seed)
-    model = config.ijepa.model
-    encoder = build_encoder(config, generator)
-    predictor = Predictor(
-        config.grid,
-        encoder.embed_dim,
-        width=model.predictor_width,
-        depth=model.predictor_depth,
-        heads=model.predictor_heads or encoder_dimensions(config).heads,
-        activation_checkpointing=model.activation_checkpointing,
-        generator=generator,
-    )
-    ijepa = IJEPA(encoder, predictor)
-    set_attention(ijepa, fused=torch.cuda.is_available())
-    if config.ijepa.compile:
-        for block in [*encoder.blocks, *predictor.predictor_blocks]:
-            block.compile()
-    return ijepa
-
-
-def build_target(config: Config, process: Process) -> VisionTransformer:
-    """The target encoder's architecture, without weights."""
-    with torch.device("meta"):
-        encoder = build_encoder(config)
-    set_attention(encoder, fused=process.device.type == "cuda")
-    if config.ijepa.compile:
-        for block in encoder.blocks:
-            block.compile()
-    return encoder
-
-
-def build_loader(config: Config, dataset: Dataset, sampler: MaskSampler, process: Process) -> PretrainingLoader:
-    """The pretraining loader of this process."""
-    data = config.ijepa.data
-    return PretrainingLoader(
-        dataset,
-        sampler,
-        image_size=data.image_size,
-        crop_scale=data.crop_scale,
-        crop_ratio=data.crop_ratio,
-        seed=config.ijepa.run.seed,
-        global_batch=config.global_batch,
-        micro_batch=config.micro_batch,
-        rank=process.rank,
-        world_size=process.world_size,
-        num_workers=data.workers,
-    )
-
-
-def schedules_of(config: Config, steps_per_epoch: int) -> Schedules:
-    """The schedules of a config in steps."""
-    recipe = dataclasses.asdict(config.ijepa.optimization)
-    del recipe["betas"], recipe["eps"]
-    return build_schedules(steps_per_epoch=steps_per_epoch, **recipe)
-
-
-# --------------------------------------------------------------------------------------------- between the steps
 
 
 class Run:
@@ -296,7 +165,8 @@ class Run:
             self.monitor.say(f"the target encoder, for timm: {path}")
         if step >= self.last_step:
             self.monitor.say(
-                f"done: {step} steps, in {self.folder.path}; look at it with: tensorboard --logdir {self.folder.path.parent}"
+                f"done: {step} steps, in {self.folder.path}; "
+                f"look at it with: tensorboard --logdir {self.folder.path.parent}"
             )
         self.monitor.close()
         self.stop.restore()
@@ -307,8 +177,8 @@ class Run:
         self._micro_batches = 0
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss is not finite around step {step}; the checkpoints up to step {max(0, self._saved_step)} are good: "
-                "lower ijepa.optimization.lr_peak, or look for broken images with data_prep/to_ffcv.py --verify"
+                f"the loss is not finite around step {step}; the checkpoints up to step {max(0, self._saved_step)} are "
+                "good: lower ijepa.optimization.lr_peak, or look for broken images with data_prep/to_ffcv.py --verify"
             )
         values = {
             "epoch": step / self.loader.steps_per_epoch,
@@ -368,13 +238,13 @@ class Run:
         }
         self.monitor.say(
             f"{config.ijepa.run.name}: encoder {parameters['context_encoder']:.1f} M, predictor "
-            f"{parameters['predictor']:.1f} M parameters; {loader.dataset.num_samples} images, {loader.steps_per_epoch} steps "
-            f"an epoch, {self.total_steps} in all\n"
+            f"{parameters['predictor']:.1f} M parameters; {loader.dataset.num_samples} images, "
+            f"{loader.steps_per_epoch} steps an epoch, {self.total_steps} in all\n"
             f"batch {config.global_batch} = {self.process.world_size} processes x {config.micro_batch} images x "
             f"{loader.micro_batches_per_step} micro-batches; ZeRO {config.zero_stage}, {working_dtype(config)}, "
             f"{self.process.device.type}; {loader.pipeline.num_workers} loading threads a process\n"
-            f"masks: {config.ijepa.masks.sampler} on {config.grid[0]} x {config.grid[1]} patches; folder {self.folder.path}; "
-            + (f"going on from step {step}" if step else "starting at step 0")
+            f"masks: {config.ijepa.masks.sampler} on {config.grid[0]} x {config.grid[1]} patches; folder "
+            f"{self.folder.path}; " + (f"going on from step {step}" if step else "starting at step 0")
         )
 
 

@@ -25,7 +25,7 @@ class Features:
 
 
 def spread_samples(num_samples: int, limit: int | None) -> np.ndarray:
-    """At most ``limit`` samples, evenly spread over the file, ascending: folders by class give every class its share."""
+    """At most ``limit`` samples, evenly spread over the file, ascending: every class folder gives its share."""
     if limit is None or limit >= num_samples:
         return np.arange(num_samples)
     return np.arange(limit) * num_samples // limit
@@ -35,7 +35,7 @@ def spread_samples(num_samples: int, limit: int | None) -> np.ndarray:
 def extract_features(
     forward: Callable[[Tensor], Tensor], loader: EvaluationLoader, samples: np.ndarray, process: Process
 ) -> Features:
-    """``forward`` maps uint8 images [B, H, W, 3] on the device to [B, D]. The ranks share the work; all get everything."""
+    """``forward`` maps uint8 images [B, H, W, 3] on the device to [B, D]. The ranks share the work; all get all."""
     values, labels = [], {name: [] for name in loader.label_fields}
     for images, found in loader.batches(samples[process.rank :: process.world_size]):
         values.append(forward(images.to(process.device)).float().cpu())
