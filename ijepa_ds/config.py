@@ -284,8 +284,8 @@ def _check_deepspeed(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]
     zero = config["zero_optimization"]
     if zero.get("stage", 0) not in (0, 1, 2):
         problems.append(
-            f"zero_optimization.stage = {json.dumps(zero.get('stage'))} cannot be used: stage 3 would shard the weights "
-            "that the target encoder's average is taken from; set 2, which holds even ViT-g on one 80 GB GPU"
+            f"zero_optimization.stage = {json.dumps(zero.get('stage'))} cannot be used: stage 3 would shard the "
+            "weights that the target encoder's average is taken from; set 2, which holds even ViT-g on one 80 GB GPU"
         )
     if zero.get("round_robin_gradients"):
         problems.append("zero_optimization.round_robin_gradients breaks reading the fp32 weights; leave it out")
