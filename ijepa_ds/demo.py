@@ -1,0 +1,99 @@
+"""``python -m ijepa_ds demo``: the whole job on built-in images, by the commands that a user would type.
+
+Make scenes, convert them, pretrain through ``deepspeed run.py``, probe the target encoder beside random ones, export
+it. What an earlier call finished is used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ijepa_ds.config import load_config
+from ijepa_ds.errors import UserError
+from ijepa_ds.evaluation.probe import Score, margins
+from ijepa_ds.monitor import duration
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = "ds_configs/scenes_tiny.json"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of ``python -m ijepa_ds demo``."""
+    parser = argparse.ArgumentParser(prog="./run.sh demo", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--images", type=int, default=20000, help="training scenes to make")
+    parser.add_argument("--validation-images", type=int, default=4000)
+    parser.add_argument("--data", default="data/scenes", help="folder for the scenes")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="as for run.py")
+    options = parser.parse_args(arguments)
+    began = time.monotonic()
+    config = load_config(ROOT / CONFIG, options.set)
+    run = ROOT / config.ijepa.run.folder / config.ijepa.run.name
+    data = Path(options.data)
+    _make_data(data, config.ijepa.data.image_size[0], options)
+    overrides = [f"ijepa.data.train={data}/train.beton", f"ijepa.data.validation={data}/val.beton", *options.set]
+    export = run / "export" / "target_encoder.safetensors"
+    if export.exists():
+        print(f"\n== pretrain: {run} is there already")
+    else:
+        command = ["deepspeed", "run.py", "--config", CONFIG]
+        _call("pretrain", [*command, *(part for override in overrides for part in ("--set", override))])
+    results = run / "evaluation" / "results.json"
+    if not results.exists() or results.stat().st_mtime < export.stat().st_mtime:
+        _call("evaluate", [sys.executable, "-m", "ijepa_ds", "evaluate", "--checkpoint", str(run)])
+    _summarise(run, results, time.monotonic() - began)
+    return 0
+
+
+def _make_data(data: Path, size: int, options: argparse.Namespace) -> None:
+    scenes = data / "source"
+    counts = ["--train", str(options.images), "--val", str(options.validation_images)]
+    _call("scenes", [sys.executable, "data_prep/make_scenes.py", str(scenes), *counts, "--size", str(size)])
+    for split in ("train", "val"):
+        beton = data / f"{split}.beton"
+        if (ROOT / beton).exists():
+            print(f"\n== convert: {beton} is there already")
+        else:
+            convert = ["data_prep/to_ffcv.py", str(scenes), str(beton), "--split", split, "--write-mode", "raw"]
+            _call("convert", [sys.executable, *convert])
+
+
+def _call(name: str, command: list[str]) -> None:
+    """Run a command of the project from its root, shown as a user would type it."""
+    shown = ["python" if part == sys.executable else part for part in command]
+    print(f"\n== {name}: {shlex.join(shown)}", flush=True)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    code = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}).returncode
+    if code:
+        raise UserError(f"the demo's step '{name}' ended with exit code {code}; its reason stands above")
+
+
+def _summarise(run: Path, results: Path, seconds: float) -> None:
+    saved = json.loads(results.read_text())
+    scores = [Score(**score) for score in saved["scores"]]
+    print(f"\n== reached in {duration(seconds)} (linear probe of frozen features, best of last and last4)")
+    reached = True
+    for label in sorted({score.label for score in scores}):
+        best = {
+            encoder: max(score.linear for score in scores if (score.encoder, score.label) == (encoder, label))
+            for encoder in ("trained", "random", "pixels")
+        }
+        points, deviations = margins(scores, label)
+        reached = reached and deviations > 3
+        print(
+            f"{label}: trained {best['trained']:.1f} %, best random encoder {best['random']:.1f} %, raw pixels "
+            f"{best['pixels']:.1f} %; {points:+.1f} points over the random encoders' mean = {deviations:+.1f} of their "
+            "standard deviations"
+        )
+    if not reached:
+        print("The trained encoder did NOT beat the random one by three standard deviations on every label.")
+    pictures = sorted((run / "pictures").glob("*.png"))
+    print(f"pictures: {', '.join(os.path.relpath(path, ROOT) for path in pictures[-2:])}")
+    print(f"the encoder, for timm: {os.path.relpath(run / 'export' / 'target_encoder.safetensors', ROOT)}")
+    print(f"TensorBoard: ./run.sh tensorboard {os.path.relpath(run.parent, ROOT)}")
