@@ -97,18 +97,17 @@ def build_ijepa(config: Config) -> IJEPA:
         generator=generator,
     )
     ijepa = IJEPA(encoder, predictor)
-    set_attention(ijepa, fused=torch.cuda.is_available())
+    set_attention(ijepa, fused=torch.cuda.is_available())  # the target encoder has no backward: fused everywhere
     if config.ijepa.compile:
         for block in [*encoder.blocks, *predictor.predictor_blocks]:
             block.compile()
     return ijepa
 
 
-def build_target(config: Config, process: Process) -> VisionTransformer:
+def build_target(config: Config) -> VisionTransformer:
     """The target encoder's architecture, without weights."""
     with torch.device("meta"):
         encoder = build_encoder(config)
-    set_attention(encoder, fused=process.device.type == "cuda")
     if config.ijepa.compile:
         for block in encoder.blocks:
             block.compile()

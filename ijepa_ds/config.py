@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -400,10 +401,10 @@ def _check_together(ijepa: IJEPAConfig, deepspeed: dict[str, Any], problems: lis
             problems.append(f"ijepa.model.{name} = {width} must divide by 4 to hold 2-D sine-cosine positions")
     if model.width and model.heads and model.width % model.heads:
         problems.append(f"ijepa.model.width = {model.width} does not divide by ijepa.model.heads = {model.heads}")
-    if not ijepa.run.name or Path(ijepa.run.name).name != ijepa.run.name:
+    if ijepa.run.name in ("", "..") or Path(ijepa.run.name).name != ijepa.run.name:
         problems.append(f"ijepa.run.name = {json.dumps(ijepa.run.name)} must be a plain folder name")
     batch, micro = deepspeed.get("train_batch_size"), deepspeed.get("train_micro_batch_size_per_gpu")
-    if _is_whole(batch) and _is_whole(micro) and micro >= 1:
+    if _is_whole(batch) and _is_whole(micro) and min(batch, micro) >= 1:
         if batch % micro:
             problems.append(f"train_micro_batch_size_per_gpu = {micro} does not divide train_batch_size = {batch}")
         group = masks.truncation_group
@@ -424,7 +425,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _kind(value: Any) -> str:

@@ -145,7 +145,7 @@ class VisionTransformer(TimmVisionTransformer):
 
 
 def set_attention(module: nn.Module, *, fused: bool) -> None:
-    """Choose torch's fused attention or explicit products: on a CPU the fused one is slower, in bf16 several times."""
+    """Choose torch's fused attention or explicit products: on a CPU the fused backward is several times slower."""
     for part in module.modules():
         if hasattr(part, "fused_attn"):
             part.fused_attn = fused

@@ -61,7 +61,7 @@ def train(config: Config) -> None:
     check_batch(config, process)
     model = build_ijepa(config).to(process.device)
     engine, shards = build_engine(model, config)
-    target_encoder = TargetEncoder(build_target(config, process), shards, autocast=autocast_dtype(config))
+    target_encoder = TargetEncoder(build_target(config), shards, autocast=autocast_dtype(config))
     loader = build_loader(config, dataset, sampler, process)
     schedules = schedules_of(config, loader.steps_per_epoch)
     run = Run(config, process, engine, shards, target_encoder, loader)

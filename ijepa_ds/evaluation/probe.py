@@ -24,7 +24,7 @@ from ijepa_ds.build import build_encoder
 from ijepa_ds.checkpoint import checkpoint_step, list_checkpoints
 from ijepa_ds.config import Config, load_config
 from ijepa_ds.distributed import Process, share_cpu_threads
-from ijepa_ds.encoder import VisionTransformer, set_attention
+from ijepa_ds.encoder import VisionTransformer
 from ijepa_ds.engine import working_dtype
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.features import Features, extract_features, spread_samples
@@ -171,7 +171,6 @@ def margins(scores: list[Score], label: str) -> tuple[float, float]:
 def _forward(encoder: VisionTransformer, config: Config, process: Process) -> Callable[[Tensor], Tensor]:
     """uint8 images -> the last four blocks' normed features, averaged over patches and concatenated: [B, 4 D]."""
     dtype, data = working_dtype(config), config.ijepa.data
-    set_attention(encoder, fused=process.device.type == "cuda")
     encoder.to(process.device, dtype).eval()
     mean, std = (torch.tensor(values, device=process.device) for values in (data.mean, data.std))
 
