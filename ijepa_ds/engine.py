@@ -41,7 +41,7 @@ def init_distributed() -> Process:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     share_cpu_threads()
     accelerator = get_accelerator()
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
@@ -90,6 +90,10 @@ def build_engine(model: IJEPA, config: Config) -> tuple[deepspeed.DeepSpeedEngin
         raise UserError(f"DeepSpeed refuses this configuration: {' '.join(str(error).split())}") from error
     shards = master_shards(engine)
     set_masters(shards, exact)
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for shard in shards:  # ZeRO 0 with bf16 has taken a step with zero gradients: AdamW would count one too many
+        for value in inner.state.get(shard.adam_key, {}).values():
+            value.zero_()
     return engine, shards
 
 

@@ -484,7 +484,8 @@ class EvaluationLoader:
         decoder = _DecodeCrop(image_size, center_crop, seed=0, scale=(crop_share, 1.0), ratio=(ratio, ratio))
         pipelines = {"image": PipelineSpec("image", decoder=decoder, transforms=[_ToTensors()])}
         fields = Reader(dataset.path).handlers
-        for name in self.label_fields:
+        self._order = [name for name in fields if name in self.label_fields]  # of FFCV's outputs: the file's
+        for name in self._order:
             label_decoder = IntDecoder() if isinstance(fields[name], IntField) else FloatDecoder()
             pipelines[name] = PipelineSpec(name, decoder=label_decoder, transforms=[_ToTensors()])
         self.pipeline = _Pipeline(dataset, pipelines, batch_size=batch_size, num_workers=num_workers)
@@ -496,8 +497,7 @@ class EvaluationLoader:
             images, failed = outputs[0]
             _refuse_failed(failed, samples[position : position + len(images)], self.dataset.path)
             position += len(images)
-            order = [name for name in Reader(self.dataset.path).handlers if name in self.label_fields]
-            yield images, {name: label[:, 0].clone() for name, label in zip(order, outputs[1:], strict=True)}
+            yield images, {name: label[:, 0].clone() for name, label in zip(self._order, outputs[1:], strict=True)}
 
 
 def read_labels(dataset: Dataset, field: str) -> np.ndarray:
