@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +51,24 @@ def barrier(process: Process) -> None:
     """Wait for all processes."""
     if process.world_size > 1:
         dist.barrier(group=process.control)
+
+
+def leave_to_main_process() -> None:
+    """On ranks other than 0, leave the report of a mistake that every rank sees to rank 0.
+
+    They wait: an exit before rank 0 has spoken would make the launcher end it unheard.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        time.sleep(30)
+        sys.exit(2)
+
+
+def from_main(value: object, process: Process) -> object:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    if process.world_size > 1:
+        dist.broadcast_object_list(values, src=0, group=process.control)
+    return values[0]
 
 
 def on_any_rank(flags: list[bool], process: Process) -> list[bool]:

@@ -24,7 +24,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ijepa_ds.config import Config
-from ijepa_ds.distributed import Process, set_single_process_defaults, share_cpu_threads
+from ijepa_ds.distributed import Process, leave_to_main_process, set_single_process_defaults, share_cpu_threads
 from ijepa_ds.errors import UserError
 from ijepa_ds.ijepa import IJEPA
 from ijepa_ds.optimizer import build_optimizer
@@ -61,6 +61,7 @@ def check_batch(config: Config, process: Process) -> None:
             if usable
             else "use a number of processes that divides train_batch_size"
         )
+        leave_to_main_process()
         raise UserError(
             f"train_batch_size = {config.global_batch} does not divide into {process.world_size} processes with "
             f"train_micro_batch_size_per_gpu = {config.micro_batch}; {cure}"

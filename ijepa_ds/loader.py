@@ -59,8 +59,12 @@ def _hide_finalizers_of_numba() -> None:
 _hide_finalizers_of_numba()
 
 
+class DecodeError(UserError):
+    """An image of a .beton that cannot be decoded; the message names the sample."""
+
+
 class LoaderError(RuntimeError):
-    """An image that cannot be decoded, or a loading thread that died: training must stop, with the sample named."""
+    """The loading thread died; its own error is the cause."""
 
 
 @dataclass
@@ -361,7 +365,7 @@ def _ahead_on(device: torch.device, batches: Iterator[Batch]) -> Iterator[Batch]
 def _refuse_failed(failed: torch.Tensor, samples: np.ndarray, path: str) -> None:
     if failed.any():
         bad = ", ".join(str(int(sample)) for sample in samples[failed.numpy()[:, 0] != 0][:8])
-        raise LoaderError(
+        raise DecodeError(
             f"{path}: sample {bad} cannot be decoded; find all with: python data_prep/to_ffcv.py --verify {path}"
         )
 

@@ -16,7 +16,7 @@ import torch
 from ijepa_ds.build import build_ijepa, build_loader, build_target, check_before_building, schedules_of
 from ijepa_ds.checkpoint import load_checkpoint, save_checkpoint
 from ijepa_ds.config import Config, load_config
-from ijepa_ds.distributed import Process, StopRequest, mean_over_ranks, on_any_rank
+from ijepa_ds.distributed import Process, StopRequest, from_main, leave_to_main_process, mean_over_ranks, on_any_rank
 from ijepa_ds.engine import (
     adam_state,
     autocast_dtype,
@@ -31,7 +31,8 @@ from ijepa_ds.evaluation.online import OnlineKNN
 from ijepa_ds.exchange import export_timm
 from ijepa_ds.health import health
 from ijepa_ds.ijepa import normalize_images
-from ijepa_ds.loader import Batch, PretrainingLoader
+from ijepa_ds.loader import Batch, Dataset, PretrainingLoader
+from ijepa_ds.masks import MaskSampler
 from ijepa_ds.monitor import Meter, Monitor
 from ijepa_ds.optimizer import set_hyperparameters
 from ijepa_ds.pictures import draw_masks, feature_sheet
@@ -50,13 +51,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="such as ijepa.data.workers=4")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
     options = parser.parse_args(arguments)
-    train(load_config(options.config, options.set))
+    try:
+        config = load_config(options.config, options.set)
+        checked = check_before_building(config)
+    except UserError:
+        leave_to_main_process()
+        raise
+    train(config, *checked)
     return 0
 
 
-def train(config: Config) -> None:
+def train(config: Config, dataset: Dataset, sampler: MaskSampler) -> None:
     """Pretrain as ``config`` says, going on from the run folder's newest checkpoint."""
-    dataset, sampler = check_before_building(config)
     process = init_distributed()
     check_batch(config, process)
     model = build_ijepa(config).to(process.device)
@@ -110,7 +116,8 @@ class Run:
         """Open the run folder; returns the step to begin with, 0 or that of the newest checkpoint."""
         if self.process.is_main:
             record = self.folder.prepare(self.config, self.loader.dataset.num_samples)
-        checkpoint = self.folder.newest_checkpoint()
+        # Rank 0 decides: on a shared file system others may see it late.
+        checkpoint = from_main(self.folder.newest_checkpoint() if self.process.is_main else None, self.process)
         step = 0
         if checkpoint is not None:
             step = load_checkpoint(checkpoint, self.shards, self.target_encoder, self._adam)
