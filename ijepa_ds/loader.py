@@ -107,7 +107,7 @@ def inspect_dataset(path: str | os.PathLike) -> Dataset:
     try:
         reader = Reader(str(path))
         table = reader.alloc_table
-    except (OSError, ValueError, IndexError, KeyError, AssertionError, TypeError) as error:
+    except (OSError, ValueError, LookupError, AssertionError, TypeError, MemoryError, OverflowError) as error:
         raise UserError(f"{path} is not a complete .beton ({type(error).__name__}: {error}); {cure}") from error
     end = int((table["ptr"] + table["size"]).max()) if len(table) else 0
     if reader.num_samples == 0 or len(reader.metadata) < reader.num_samples or end == 0:
