@@ -43,11 +43,14 @@ def save_checkpoint(
     A rank that cannot write (a full disk) makes all ranks raise :class:`UserError`; earlier checkpoints stay.
     """
     final, temporary = folder / f"step_{step:09d}", folder / f"tmp.step_{step:09d}"
-    if process.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier(process)
     error = None
+    if process.is_main:
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        except OSError as caught:  # the writing below fails with it, on every rank
+            error = caught
+    barrier(process)
     try:
         if process.is_main or shards[0].process_group is not None:  # what is not sharded is written once
             tensors = _own_tensors(shards, target_encoder, adam_state)
@@ -58,7 +61,7 @@ def save_checkpoint(
             _write(temporary / "state.json", lambda file: file.write(json.dumps(state).encode()))
             _sync_folder(temporary)
     except OSError as caught:
-        error = caught
+        error = error or caught
     if on_any_rank([error is not None], process)[0]:
         if process.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -179,6 +182,8 @@ def _fill(shard: MasterShard, values: Tensor, files: list[dict], kind: str, chec
 def _state(checkpoint: Path) -> dict:
     try:
         state = json.loads((checkpoint / "state.json").read_text())
+        if not isinstance(state, dict) or not {"format", "step", "shapes"} <= state.keys():
+            raise ValueError("state.json lacks what it must hold")
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint} is damaged ({error}); remove this folder to go on from the one before") from None
     if state.get("format") != FORMAT:
@@ -203,7 +208,10 @@ def _open(checkpoint: Path) -> list[dict]:
 
 def _write(path: Path, write: Callable) -> None:
     with open(path, "wb") as file:
-        write(file)
+        try:
+            write(file)
+        except RuntimeError as error:  # torch's zip writer covers the disk's own error with one of its own
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
         file.flush()
         os.fsync(file.fileno())
 
