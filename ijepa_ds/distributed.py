@@ -59,7 +59,7 @@ def leave_to_main_process() -> None:
     They wait: an exit before rank 0 has spoken would make the launcher end it unheard.
     """
     if int(os.environ.get("RANK", "0")) > 0:
-        time.sleep(30)
+        time.sleep(5)
         sys.exit(2)
 
 

@@ -228,13 +228,14 @@ class _SampleMasks(Operation):
             sampler.num_targets,
             sampler.limit,
         )
-        draw_size, draw_image = sampler.draw_size, sampler.draw_image
+        sizes_of, draw_image = sampler.sizes_of, sampler.draw_image
         grid, target_scale, aspect_ratio, context_scale = sampler.geometry
 
         def sample_masks(batch_indices, rows, metadata, storage_state):
             for position in iterator(len(batch_indices)):
                 step, sample = batch_indices[position] >> _STEP_SHIFT, batch_indices[position] & _SAMPLE
-                sizes = masks.draw_sizes(draw_size, seed, step, grid, target_scale, aspect_ratio, context_scale)
+                one, two, three = masks.size_numbers(seed, step)
+                sizes = sizes_of(one, two, three, grid, target_scale, aspect_ratio, context_scale)
                 tokens = sizes[0] * sizes[1]
                 row = rows[position]
                 targets = row[1 + room : 1 + room + num_targets * tokens].reshape((num_targets, tokens))

@@ -79,11 +79,10 @@ def reference_sizes(target, context, unused, grid, target_scale, aspect_ratio, c
 
 
 @njit(cache=True)
-def draw_sizes(sizes, seed, step, grid, target_scale, aspect_ratio, context_scale):
-    """The block sizes of a step by one of the two functions above."""
+def size_numbers(seed, step):
+    """The three numbers in [0, 1) that decide the block sizes of a step."""
     key = stream(seed, BLOCK_SIZE, step, 0)
-    numbers = uniform(key, 0), uniform(key, 1), uniform(key, 2)
-    return sizes(numbers[0], numbers[1], numbers[2], grid, target_scale, aspect_ratio, context_scale)
+    return uniform(key, 0), uniform(key, 1), uniform(key, 2)
 
 
 @njit(cache=True)
@@ -213,12 +212,12 @@ class _Sampler:
 
     @property
     def geometry(self) -> tuple:
-        """The last arguments of :func:`draw_sizes`."""
+        """The last arguments of ``sizes_of``."""
         return self.grid, self.target_scale, self.target_aspect_ratio, self.context_scale
 
     def block_sizes(self, step: int) -> BlockSizes:
         """The sizes that the whole global batch of ``step`` shares: equal shapes on every rank."""
-        sizes = draw_sizes(self.draw_size, np.uint64(self.seed), step, *self.geometry)
+        sizes = self.sizes_of(*size_numbers(np.uint64(self.seed), step), *self.geometry)
         return BlockSizes(sizes[:2], sizes[2:])
 
     def max_target_tokens(self) -> int:
@@ -237,9 +236,9 @@ class _Sampler:
     def _possible_sizes(self) -> set[BlockSizes]:
         """Every size that a step can have, scanned finely enough for grids of thousands of patches."""
         fine, coarse = [i / 400 for i in range(401)], [i / 40 for i in range(41)]
-        found = {self.draw_size(a, b, 0.0, *self.geometry) for a in fine for b in coarse}
-        found |= {self.draw_size(b, a, 0.0, *self.geometry) for a in fine for b in coarse}
-        contexts = {self.draw_size(0.0, a, a, *self.geometry)[2:] for a in fine}
+        found = {self.sizes_of(a, b, 0.0, *self.geometry) for a in fine for b in coarse}
+        found |= {self.sizes_of(b, a, 0.0, *self.geometry) for a in fine for b in coarse}
+        contexts = {self.sizes_of(0.0, a, a, *self.geometry)[2:] for a in fine}
         return {BlockSizes(sizes[:2], context) for sizes in found for context in contexts}
 
 
@@ -248,7 +247,7 @@ class MultiblockSampler(_Sampler):
     """The paper's masks; see the module's text."""
 
     context_tokens: int
-    draw_size: ClassVar = staticmethod(multiblock_sizes)
+    sizes_of: ClassVar = staticmethod(multiblock_sizes)
     draw_image: ClassVar = staticmethod(draw_multiblock)
 
     def __post_init__(self) -> None:
@@ -286,7 +285,7 @@ class ReferenceSampler(_Sampler):
 
     min_keep: int = 10
     truncation_group: int = 128
-    draw_size: ClassVar = staticmethod(reference_sizes)
+    sizes_of: ClassVar = staticmethod(reference_sizes)
     draw_image: ClassVar = staticmethod(draw_reference)
 
     def __post_init__(self) -> None:
