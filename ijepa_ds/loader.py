@@ -127,7 +127,7 @@ def inspect_dataset(path: str | os.PathLike) -> Dataset:
 # ------------------------------------------------------------------------------------------- operations, compiled
 
 
-@njit(cache=True)
+@njit
 def random_crop(height, width, key, scale, ratio):
     """Random resized crop as torchvision has it: top, left, rows, columns. ``scale`` is a share of the area."""
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
@@ -148,7 +148,7 @@ def random_crop(height, width, key, scale, ratio):
     return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
-@njit(cache=True)
+@njit
 def center_crop(height, width, key, scale, ratio):
     """The largest centred crop of the output's shape, ``scale[0]`` of it a side; ``ratio[0]`` is width over height."""
     columns = min(float(width), height * ratio[0])

@@ -26,6 +26,8 @@ from numba import njit
 from ijepa_ds.errors import UserError
 from ijepa_ds.random_streams import BLOCK_SIZE, MASK, below, stream, uniform
 
+# Nothing here is cached by numba on disk: it would not notice a change of random_streams, which is compiled in.
+
 # After this many rejected draws one more target block is laid over the first one, so that a draw always ends.
 ATTEMPTS = 100
 _REFERENCE_PATIENCE = 20  # the released code drops one constraint after so many tries
@@ -43,17 +45,17 @@ class BlockSizes:
         return self.target[0] * self.target[1]
 
 
-@njit(cache=True)
+@njit
 def _between(bounds, number):
     return bounds[0] + number * (bounds[1] - bounds[0])
 
 
-@njit(cache=True)
+@njit
 def _clip(length, side):
     return max(1, min(round(length), side))
 
 
-@njit(cache=True)
+@njit
 def multiblock_sizes(scale, aspect, context, grid, target_scale, aspect_ratio, context_scale):
     """Target rows and columns, context rows and columns from three numbers in [0, 1]."""
     area = grid[0] * grid[1] * _between(target_scale, scale)
@@ -64,7 +66,7 @@ def multiblock_sizes(scale, aspect, context, grid, target_scale, aspect_ratio, c
     return target[0], target[1], _clip(grid[0] * side, grid[0]), _clip(grid[1] * side, grid[1])
 
 
-@njit(cache=True)
+@njit
 def reference_sizes(target, context, unused, grid, target_scale, aspect_ratio, context_scale):
     """The released code's sizes: one number for scale and aspect ratio, blocks strictly smaller than the grid."""
     target_area = int(grid[0] * grid[1] * _between(target_scale, target))
@@ -78,14 +80,14 @@ def reference_sizes(target, context, unused, grid, target_scale, aspect_ratio, c
     )
 
 
-@njit(cache=True)
+@njit
 def size_numbers(seed, step):
     """The three numbers in [0, 1) that decide the block sizes of a step."""
     key = stream(seed, BLOCK_SIZE, step, 0)
     return uniform(key, 0), uniform(key, 1), uniform(key, 2)
 
 
-@njit(cache=True)
+@njit
 def _place(key, counter, block, grid, inclusive):
     """Top left corner of a block, uniform over its positions; ``inclusive`` 0 leaves out the last row and column."""
     top = below(key, counter, grid[0] - block[0] + inclusive)
@@ -93,7 +95,7 @@ def _place(key, counter, block, grid, inclusive):
     return top, left
 
 
-@njit(cache=True)
+@njit
 def _write_block(top, left, block, columns, tokens):
     token = 0
     for row in range(top, top + block[0]):
@@ -102,7 +104,7 @@ def _write_block(top, left, block, columns, tokens):
             token += 1
 
 
-@njit(cache=True)
+@njit
 def draw_multiblock(seed, step, sample, grid, target, context, context_tokens, tokens, targets):
     """Fill ``tokens`` int32 [K] (ascending) and ``targets`` int32 [M, T] of one image; returns K."""
     key = stream(seed, MASK, step, sample)
@@ -150,7 +152,7 @@ def draw_multiblock(seed, step, sample, grid, target, context, context_tokens, t
     return kept
 
 
-@njit(cache=True)
+@njit
 def draw_reference(seed, step, sample, grid, target, context, min_keep, tokens, targets):
     """Fill ``tokens`` int32 [N] and ``targets`` int32 [M, T] as the released code draws them, before the truncation.
 
@@ -188,7 +190,7 @@ def draw_reference(seed, step, sample, grid, target, context, min_keep, tokens, 
             patience = _REFERENCE_PATIENCE
 
 
-@njit(cache=True)
+@njit
 def _smallest_context(seed, step, samples, grid, target, context, min_keep, num_targets):
     tokens = np.empty(grid[0] * grid[1], np.int32)
     targets = np.empty((num_targets, target[0] * target[1]), np.int32)
