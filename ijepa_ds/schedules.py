@@ -70,7 +70,7 @@ def build_schedules(
     """Schedules in steps from a recipe in epochs; ``schedule_scale`` is the reference's ``ipe_scale``."""
     return Schedules(
         warmup_steps=int(warmup_epochs * steps_per_epoch),
-        horizon=int(schedule_scale * epochs * steps_per_epoch),
+        horizon=max(1, int(schedule_scale * epochs * steps_per_epoch)),  # a run has a step at least
         lr_start=lr_start,
         lr_peak=lr_peak,
         lr_final=lr_final,
