@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import time
 
+import numba
 import numpy as np
 import pytest
 
+from ijepa_ds import masks
 from ijepa_ds.errors import UserError
 from ijepa_ds.masks import MaskSampler, MultiblockSampler, ReferenceSampler, default_context_tokens
 
@@ -140,6 +142,16 @@ def test_masks_are_what_they_always_were():
     context, targets = reference((16, 16)).draw(3, 5)
     assert len(context) == 111
     assert (targets[:, 0].tolist(), targets[:, -1].tolist()) == ([82, 67, 118, 88], [199, 184, 235, 205])
+
+
+def test_no_compiled_function_takes_another_as_an_argument():
+    """numba's cache on disk loses such a function between processes: the next run's loading thread would die."""
+    for make in (multiblock, reference):
+        make((8, 8)).draw(0, 0)
+    compiled = [value for value in vars(masks).values() if isinstance(value, numba.core.dispatcher.Dispatcher)]
+    arguments = [argument for function in compiled for signature in function.signatures for argument in signature]
+    assert len(arguments) > 20
+    assert not any(isinstance(argument, numba.types.Dispatcher) for argument in arguments)
 
 
 # ------------------------------------------------------------------------------------------- multiblock
