@@ -378,6 +378,12 @@ def launch_training(config: dict[str, Any], num_processes: int | None, *, timeou
     return TrainingRun([process.returncode], output, run_folder(config))
 
 
+@once
+def bare_run(world_size: int) -> TrainingRun:
+    """The tiny configuration from start to end without kNN, health, pictures and checkpoints on the way."""
+    return run_training(tiny_config(ijepa__run__name=f"bare_{world_size}"), world_size)
+
+
 def run_command_forked(*arguments: object) -> tuple[int, str]:
     """``python -m ijepa_ds ARGUMENTS`` in a forked process: exit code and output."""
     output = FOLDER / f"output_{time.monotonic_ns()}"
