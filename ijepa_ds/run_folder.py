@@ -78,7 +78,10 @@ def read_run_config(path: Path) -> Config:
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path} is not a run folder: it has no config.json")
-    return parse_config(json.loads(file.read_text())["config"], source=str(file))
+    try:
+        return parse_config(json.loads(file.read_text())["config"], source=str(file))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error!r}); put back what the run wrote there") from None
 
 
 def versions() -> dict[str, str]:

@@ -150,7 +150,7 @@ class Run:
         with self.meter.pause():
             if _due(step, monitor.health_steps, last):
                 self._log_health(step)
-            if _due(step, monitor.picture_steps, last) or step == 1:
+            if _due(step, monitor.picture_steps, last) or (monitor.picture_steps and step == 1):
                 self._draw(step)
             if self.knn.due(step, self.loader.steps_per_epoch, last):
                 self.monitor.scalars(step, self.knn.accuracy(self.target_encoder, self.to_input))
@@ -226,7 +226,7 @@ class Run:
 
     def _save(self, step: int) -> None:
         began = time.monotonic()
-        if not on_any_rank([bool(torch.isfinite(self._loss))], self.process)[0]:
+        if on_any_rank([not math.isfinite(self._loss)], self.process)[0]:
             return  # the next log line ends the run; what was saved before stays the newest
         keep = self.config.ijepa.checkpoint.keep
         path = save_checkpoint(

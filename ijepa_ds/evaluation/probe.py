@@ -66,6 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.random_seeds < 2:
         raise UserError("--random-seeds must be at least 2: a standard deviation needs two")
+    for name in ("train_images", "validation_images"):
+        count = getattr(options, name)
+        if count is not None and count < 1:
+            raise UserError(f"--{name.replace('_', '-')} = {count} must be at least 1; leave it out to use all")
     evaluate(options)
     return 0
 
@@ -127,7 +131,7 @@ def load_target(path: Path, config_path: str | None) -> tuple[Config, dict[str, 
         config = load_config(config_path)
         _check_fits(weights, config, path)
         return config, weights, str(path)
-    run = path if (path / "config.json").exists() else path.parent.parent
+    run = path.resolve().parent.parent if (path / "state.json").exists() else path
     config = read_run_config(run)
     checkpoint = path
     if run == path:
