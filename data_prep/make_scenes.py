@@ -38,13 +38,13 @@ from ijepa_ds.errors import UserError, run_command
 GENERATOR_VERSION = 1  # raise it with every change that changes an image or a label
 SPLITS = {"train": 0, "val": 1}
 MIN_OBJECTS, MAX_OBJECTS = 3, 10
-NEAREST_DEPTH, FARTHEST_DEPTH = (5.0, 15.0), 22.0
-BASE_SIZE = (0.7, 1.5)  # radius of a sphere; varies so that apparent size alone does not give the depth
+NEAREST_DEPTH, FARTHEST_DEPTH = (5.0, 13.0), 18.0
+BASE_SIZE = (0.8, 1.5)  # radius of a sphere; varies so that apparent size alone does not give the depth
 LAYOUT_SIZE = 64  # visibility is judged at this resolution whatever the image's, so that all sizes show one scene
 MIN_PIXELS, MIN_FRACTION = 14, 0.5  # of each object that are visible at LAYOUT_SIZE; and of its whole outline
 MAX_ATTEMPTS = 150  # to place objects before camera and places (never count or nearest depth) are drawn anew
 SAMPLES = 2  # rays per pixel and axis
-WALL_Y = 25.0
+WALL_Y = 21.0
 SHAPES = ("sphere", "cube", "cylinder", "cone", "torus", "pyramid", "capsule")
 HALF_HEIGHT = np.array([1.0, 0.8, 0.95, 1.0, 1.05, 0.95, 1.25])  # of each shape at base size 1
 BOUND = np.array([1.0, 1.4, 1.3, 1.45, 1.06, 1.75, 1.25])  # radius of a sphere around each shape at base size 1
@@ -284,7 +284,7 @@ def render(size: int, objects: np.ndarray, camera: np.ndarray, surfaces: np.ndar
 def draw_surface(rng: np.random.Generator) -> np.ndarray:
     """Texture and two muted colours of the ground or the wall: [12], as :func:`texture` reads it."""
     angle, hue = rng.uniform(0.0, 2.0 * math.pi, 2)
-    saturation, bright, contrast = rng.uniform([0.05, 0.25, 0.35], [0.35, 0.75, 0.7])
+    saturation, bright, contrast = rng.uniform([0.0, 0.35, 0.1], [0.12, 0.75, 0.35])
     tint = bright * (1.0 + saturation * np.cos(hue + np.array([0.0, 2.1, 4.2])))
     pattern = [rng.integers(len(TEXTURES)), rng.uniform(0.35, 1.1), math.cos(angle), math.sin(angle)]
     return np.array([*pattern, *rng.uniform(0.0, 64.0, 2), *tint, *((1.0 - contrast) * rng.permutation(tint))])
