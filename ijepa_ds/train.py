@@ -104,7 +104,9 @@ class Run:
         self.stop = StopRequest()
         data, dtype = config.ijepa.data, working_dtype(config)
         self._normalization = {"mean": _row(data.mean, process), "std": _row(data.std, process), "dtype": dtype}
-        self._loss, self._micro_batches, self._skipped = torch.zeros((), device=process.device), 0, 0
+        # Sum and number of the finite losses since the last log line, on the device; the steps that were skipped.
+        self._losses, self._skipped = torch.zeros(2, device=process.device), 0
+        self._last_loss: torch.Tensor | None = None
         self._batch: Batch | None = None
         self._saved_step, self._saved_time = -1, time.monotonic()
 
@@ -136,8 +138,9 @@ class Run:
 
     def add(self, loss: torch.Tensor, batch: Batch) -> None:
         """Note a micro-batch's loss without waiting for the device."""
-        self._loss += loss.detach()
-        self._micro_batches += 1
+        self._last_loss = loss.detach().float()
+        finite = torch.isfinite(self._last_loss)
+        self._losses += torch.stack([torch.where(finite, self._last_loss, 0.0), finite.float()])
         self._batch = batch
 
     def after_step(self, step: int, now: Hyperparameters) -> bool:
@@ -179,13 +182,14 @@ class Run:
         self.stop.restore()
 
     def _log(self, step: int, now: Hyperparameters) -> None:
-        loss = mean_over_ranks(self._loss / max(1, self._micro_batches), self.process)
-        self._loss.zero_()
-        self._micro_batches = 0
+        total, finite = self._losses
+        loss = mean_over_ranks(total / finite, self.process)  # 0/0 where none was finite
+        self._losses.zero_()
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss is not finite around step {step}; the checkpoints up to step {max(0, self._saved_step)} are "
-                "good: lower ijepa.optimization.lr_peak, or look for broken images with data_prep/to_ffcv.py --verify"
+                f"no loss since the last log line was finite at step {step}; the checkpoints up to step "
+                f"{max(0, self._saved_step)} are good: lower ijepa.optimization.lr_peak, or look for broken images with "
+                "data_prep/to_ffcv.py --verify"
             )
         values = {
             "epoch": step / self.loader.steps_per_epoch,
@@ -226,14 +230,23 @@ class Run:
 
     def _save(self, step: int) -> None:
         began = time.monotonic()
-        if on_any_rank([not math.isfinite(self._loss)], self.process)[0]:
-            return  # the next log line ends the run; what was saved before stays the newest
+        if on_any_rank([not self._weights_are_finite()], self.process)[0]:
+            self.monitor.say(
+                f"step {step} is not saved: its loss or gradient is not finite; what was saved before stays"
+            )
+            return
         keep = self.config.ijepa.checkpoint.keep
         path = save_checkpoint(
             self.folder.checkpoints, step, self.shards, self.target_encoder, self._adam, self.process, keep=keep
         )
         self._saved_step, self._saved_time = step, time.monotonic()
         self.monitor.say(f"saved {path} in {time.monotonic() - began:.1f} s")
+
+    def _weights_are_finite(self) -> bool:
+        if self._last_loss is None or not self.engine.was_step_applied():
+            return True  # unchanged since the step before
+        norm = gradient_norm(self.engine)  # DeepSpeed's -1 stands for a norm that is not finite
+        return math.isfinite(self._last_loss) and (norm is None or 0 <= norm < math.inf)
 
     def _adam(self, shard):
         return adam_state(self.engine, shard)

@@ -153,24 +153,39 @@ def test_activation_checkpointing_gives_the_same_losses() -> None:
     assert run.exit_codes == [0] and run.losses == bare_run(1).losses
 
 
-def make_the_third_loss_nan() -> None:
+def make_a_loss_nan(first: int, last: int) -> None:
+    """The ``first`` to ``last`` forward pass; a step has 4."""
     from ijepa_ds import ijepa
 
     whole, calls = ijepa.prediction_loss, []
 
     def loss(predictions, targets):
         calls.append(1)
-        return whole(predictions, targets) * (math.nan if len(calls) == 11 else 1)  # 4 micro-batches a step
+        return whole(predictions, targets) * (math.nan if first <= len(calls) <= last else 1)
 
     ijepa.prediction_loss = loss
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved() -> None:
+def make_one_loss_nan() -> None:
+    make_a_loss_nan(11, 11)
+
+
+def make_all_losses_nan() -> None:
+    make_a_loss_nan(9, 10**9)
+
+
+def test_one_loss_that_is_not_finite_costs_its_step_and_no_more() -> None:
+    run = run_training(tiny_config(ijepa__run__name="one_nan"), 1, prepare=make_one_loss_nan)
+    assert run.exit_codes == [0] and all(math.isfinite(loss) for loss in run.losses)
+    assert run.rows[-1]["skipped_steps"] == 1.0
+
+
+def test_losses_that_stay_not_finite_end_the_run_and_are_not_saved() -> None:
     config = tiny_config(ijepa__run__name="nan", ijepa__checkpoint__steps=1)
-    run = run_training(config, 1, prepare=make_the_third_loss_nan)
+    run = run_training(config, 1, prepare=make_all_losses_nan)
     assert run.exit_codes == [2] and run.checkpoints == ["step_000000001", "step_000000002"]
     assert the_error(run).startswith(
-        "error: the loss is not finite around step 3; the checkpoints up to step 2 are good"
+        "error: no loss since the last log line was finite at step 3; the checkpoints up to step 2"
     )
 
 
