@@ -188,8 +188,8 @@ class Run:
         if not math.isfinite(loss):
             raise UserError(
                 f"no loss since the last log line was finite at step {step}; the checkpoints up to step "
-                f"{max(0, self._saved_step)} are good: lower ijepa.optimization.lr_peak, or look for broken images with "
-                "data_prep/to_ffcv.py --verify"
+                f"{max(0, self._saved_step)} are good: lower ijepa.optimization.lr_peak, or look for broken images "
+                "with data_prep/to_ffcv.py --verify"
             )
         values = {
             "epoch": step / self.loader.steps_per_epoch,
