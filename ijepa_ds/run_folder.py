@@ -32,6 +32,8 @@ class RunFolder:
             if list_checkpoints(self.checkpoints):
                 raise UserError(f"{self.path} holds checkpoints but no config.json; choose another ijepa.run.name")
             return
+        if not list_checkpoints(self.checkpoints):
+            return  # an attempt that ended before its first checkpoint: nothing to protect
         try:
             saved = json.loads(file.read_text())
             then = {

@@ -97,7 +97,7 @@ class Run:
         self.config, self.process, self.engine, self.shards = config, process, engine, shards
         self.target_encoder, self.loader = target_encoder, loader
         self.folder = RunFolder(config)
-        self.total_steps = max(1, int(config.ijepa.optimization.epochs * loader.steps_per_epoch))
+        self.total_steps = max(1, round(config.ijepa.optimization.epochs * loader.steps_per_epoch))
         self.last_step = min(self.total_steps, config.ijepa.run.stop_after_steps or self.total_steps)
         self.meter = Meter(images_per_step=config.global_batch)
         self.knn = OnlineKNN(config, process)
