@@ -161,14 +161,10 @@ def format_table(scores: list[Score], fields: list[str]) -> str:
     return "\n".join(lines)
 
 
-def margins(scores: list[Score], label: str) -> tuple[float, float]:
-    """Of the linear probe on its best features: trained minus random in points, and in the random's deviations."""
-    best = max(("last", "last4"), key=lambda features: _values(scores, "trained", label, features, "linear")[0])
-    random = [
-        max(_values(scores, "random", label, f, "linear", seed)[0] for f in ("last", "last4"))
-        for seed in _seeds(scores)
-    ]
-    difference = _values(scores, "trained", label, best, "linear")[0] - statistics.mean(random)
+def margins(scores: list[Score], label: str, features: str = "last") -> tuple[float, float]:
+    """Of the linear probe: trained minus mean random accuracy in points, and in deviations of the random encoders."""
+    random = _values(scores, "random", label, features, "linear")
+    difference = _values(scores, "trained", label, features, "linear")[0] - statistics.mean(random)
     return difference, difference / max(statistics.stdev(random), 1e-3)
 
 
@@ -216,18 +212,12 @@ def _loader(config: Config, path: str) -> EvaluationLoader:
     return EvaluationLoader(inspect_dataset(path), image_size=data.image_size, batch_size=256, num_workers=data.workers)
 
 
-def _values(
-    scores: list[Score], encoder: str, label: str, features: str, probe: str, seed: int | None = None
-) -> list[float]:
+def _values(scores: list[Score], encoder: str, label: str, features: str, probe: str) -> list[float]:
     return [
         getattr(score, probe)
         for score in scores
-        if (score.encoder, score.label, score.features) == (encoder, label, features) and seed in (None, score.seed)
+        if (score.encoder, score.label, score.features) == (encoder, label, features)
     ]
-
-
-def _seeds(scores: list[Score]) -> list[int]:
-    return sorted({score.seed for score in scores if score.encoder == "random"})
 
 
 def _show_progress(scores: list[Score], name: str, seed: int) -> None:
