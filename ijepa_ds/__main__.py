@@ -1,4 +1,4 @@
-"""``python -m ijepa_ds COMMAND``: demo, evaluate, export."""
+"""``python -m ijepa_ds COMMAND``, or on several processes ``deepspeed --module ijepa_ds COMMAND``."""
 
 import sys
 
@@ -7,6 +7,7 @@ from ijepa_ds.errors import UserError, run_command
 COMMANDS = {
     "demo": ("ijepa_ds.demo", "the whole job on built-in images: make, convert, pretrain, evaluate, export"),
     "evaluate": ("ijepa_ds.evaluation.probe", "probe a run's target encoder beside a random one"),
+    "replay": ("ijepa_ds.replay", "replay a recorded run of another implementation and compare"),
     "export": ("ijepa_ds.exchange", "write a run's target encoder for timm"),
 }
 
@@ -14,14 +15,16 @@ COMMANDS = {
 def main() -> int:
     """Import and run one command; the others' imports cost nothing."""
     listing = "\n".join(f"  {name:<10}{help_line}" for name, (_, help_line) in COMMANDS.items())
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    # deepspeed --module ijepa_ds COMMAND: the launcher puts its own argument before the command.
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print(f"python -m ijepa_ds COMMAND [options]\n{listing}")
         return 0
     if name not in COMMANDS:
         raise UserError(f"'{name}' is not a command; choose one of: {', '.join(COMMANDS)}")
     module = __import__(COMMANDS[name][0], fromlist=["main"])
-    return module.main(sys.argv[2:])
+    return module.main(arguments[1:])
 
 
 if __name__ == "__main__":

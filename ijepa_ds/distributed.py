@@ -88,6 +88,15 @@ def mean_over_ranks(value: torch.Tensor, process: Process) -> float:
     return float(mean) / process.world_size
 
 
+def max_over_ranks(values: list[float], process: Process) -> list[float]:
+    """The largest of each number over all ranks, NaN where a rank has NaN."""
+    if process.world_size == 1:
+        return values
+    gathered: list = [None] * process.world_size
+    dist.all_gather_object(gathered, values, group=process.control)
+    return torch.tensor(gathered, dtype=torch.float64).amax(0).tolist()
+
+
 def gather_rows(rows: torch.Tensor, process: Process) -> torch.Tensor:
     """All ranks' rows [n_r, ...], interleaved as a stride over ranks dealt them out, on the CPU of every rank."""
     if process.world_size == 1:

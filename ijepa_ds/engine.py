@@ -22,13 +22,14 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import safe_get_full_grad
 
 from ijepa_ds.config import Config
 from ijepa_ds.distributed import Process, leave_to_main_process, set_single_process_defaults, share_cpu_threads
 from ijepa_ds.errors import UserError
 from ijepa_ds.ijepa import IJEPA
 from ijepa_ds.optimizer import build_optimizer
-from ijepa_ds.shards import MasterShard, Placement, set_masters
+from ijepa_ds.shards import MasterShard, Placement, replicated_shards, set_masters
 
 
 def init_distributed() -> Process:
@@ -109,10 +110,10 @@ def master_shards(engine: deepspeed.DeepSpeedEngine) -> list[MasterShard]:
         flats, members = optimizer.bf16_groups_flat, optimizer.bf16_groups
         masters = optimizer.fp32_groups_flat_partition
     elif isinstance(optimizer, FP16_UnfusedOptimizer):  # ZeRO 0, bf16
-        return _replicated(optimizer.fp16_groups, optimizer.fp32_groups, optimizer.optimizer.param_groups, names)
+        return replicated_shards(optimizer.fp16_groups, optimizer.fp32_groups, optimizer.optimizer.param_groups, names)
     else:  # ZeRO 0, fp32: torch's AdamW itself
         groups = [group["params"] for group in optimizer.param_groups]
-        return _replicated(groups, groups, optimizer.param_groups, names)
+        return replicated_shards(groups, groups, optimizer.param_groups, names)
     shards = []
     for index, group in enumerate(optimizer.optimizer.param_groups):
         process_group = optimizer.real_dp_process_group[index]
@@ -130,23 +131,6 @@ def master_shards(engine: deepspeed.DeepSpeedEngine) -> list[MasterShard]:
     return shards
 
 
-def _replicated(groups, masters, param_groups, names) -> list[MasterShard]:
-    """One shard a parameter, whole on every rank."""
-    return [
-        MasterShard(
-            group["name"],
-            (Placement(names[id(parameter)], 0, parameter.shape),),
-            0,
-            master.data.view(-1),
-            parameter.data.view(-1),
-            None,
-            master,
-        )
-        for members, copies, group in zip(groups, masters, param_groups, strict=True)
-        for parameter, master in zip(members, copies, strict=True)
-    ]
-
-
 def adam_state(engine: deepspeed.DeepSpeedEngine, shard: MasterShard) -> dict[str, torch.Tensor]:
     """AdamW's state of a shard: ``step`` (scalar), ``exp_avg`` and ``exp_avg_sq`` [P]; made before the first step."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
@@ -157,6 +141,12 @@ def adam_state(engine: deepspeed.DeepSpeedEngine, shard: MasterShard) -> dict[st
         state["exp_avg"] = torch.zeros_like(shard.adam_key)
         state["exp_avg_sq"] = torch.zeros_like(shard.adam_key)
     return state
+
+
+def gradients(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """Whole gradients by parameter name, averaged over the ranks; between ``backward`` and ``step``, on every rank."""
+    trained = ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
+    return {name: safe_get_full_grad(parameter) for name, parameter in trained}
 
 
 def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:

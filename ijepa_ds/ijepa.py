@@ -48,7 +48,12 @@ def select_targets(features: Tensor, target_blocks: Tensor) -> Tensor:
     The norm is over features and without affine, so it commutes with the selection and comes after it.
     """
     blocks = [select_tokens(features, block) for block in target_blocks]
-    return F.layer_norm(torch.cat(blocks).float(), features.shape[-1:], eps=TARGET_NORM_EPS)
+    return normalize_targets(torch.cat(blocks))
+
+
+def normalize_targets(features: Tensor) -> Tensor:
+    """[..., D] -> fp32, layer-normalised over features without affine."""
+    return F.layer_norm(features.float(), features.shape[-1:], eps=TARGET_NORM_EPS)
 
 
 def normalize_images(images: Tensor, *, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:

@@ -80,6 +80,29 @@ class MasterShard:
         return dist.all_gather_into_tensor(weights, own, group=self.process_group, async_op=True)
 
 
+def replicated_shards(
+    groups: list[list[Tensor]], masters: list[list[Tensor]], param_groups: list[dict], names: dict[int, str]
+) -> list[MasterShard]:
+    """One shard a parameter, whole on every rank: where nothing is sharded.
+
+    ``groups``: the parameters of each of the optimizer's groups; ``masters``: their fp32 weights, in the same order;
+    ``names``: by the parameter's id.
+    """
+    return [
+        MasterShard(
+            group["name"],
+            (Placement(names[id(parameter)], 0, parameter.shape),),
+            0,
+            master.data.view(-1),
+            parameter.data.view(-1),
+            None,
+            master,
+        )
+        for members, copies, group in zip(groups, masters, param_groups, strict=True)
+        for parameter, master in zip(members, copies, strict=True)
+    ]
+
+
 def set_masters(shards: list[MasterShard], parameters: dict[str, Tensor]) -> None:
     """Give the masters exact fp32 values by parameter name; ZeRO makes them from weights already rounded to bf16."""
     for shard in shards:

@@ -17,7 +17,7 @@ __init__ errors
 config random_streams schedules positions masks distributed
 encoder
 predictor
-ijepa loader monitor health pictures
+ijepa trace loader monitor health pictures
 shards
 optimizer
 target_encoder
@@ -25,7 +25,7 @@ engine
 checkpoint
 run_folder
 build
-exchange
+exchange replay
 evaluation
 train
 demo
