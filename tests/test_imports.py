@@ -25,7 +25,7 @@ engine
 checkpoint
 run_folder
 build
-exchange replay
+exchange replay mask_statistics
 evaluation
 train
 demo
