@@ -351,8 +351,17 @@ def _train(path: str, prepare: Callable[[], None] | None) -> None:
     run_command(main)
 
 
-def launch_training(config: dict[str, Any], num_processes: int | None, *, timeout: float = 180) -> TrainingRun:
-    """Train as a user does: ``deepspeed --num_gpus N run.py``, or ``python run.py`` where ``num_processes`` is None."""
+def launch_training(
+    config: dict[str, Any],
+    num_processes: int | None,
+    *,
+    environment: dict[str, str] | None = None,
+    timeout: float = 180,
+) -> TrainingRun:
+    """Train as a user does: ``deepspeed --num_gpus N run.py``, or ``python run.py`` where ``num_processes`` is None.
+
+    ``environment`` is added to that of the command.
+    """
     if config["ijepa"]["data"]["train"] == str(FOLDER / "train.beton"):
         train_beton()
     launcher = [sys.executable, str(ROOT / "run.py")]
@@ -365,7 +374,7 @@ def launch_training(config: dict[str, Any], num_processes: int | None, *, timeou
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=command_environment(),
+        env={**command_environment(), **(environment or {})},
         cwd=FOLDER,
         start_new_session=True,
     )
