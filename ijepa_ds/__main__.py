@@ -1,4 +1,4 @@
-"""``python -m ijepa_ds COMMAND``: demo, evaluate, export."""
+"""``python -m ijepa_ds COMMAND``: see ``--help``."""
 
 import sys
 
@@ -7,13 +7,15 @@ from ijepa_ds.errors import UserError, run_command
 COMMANDS = {
     "demo": ("ijepa_ds.demo", "the whole job on built-in images: make, convert, pretrain, evaluate, export"),
     "evaluate": ("ijepa_ds.evaluation.probe", "probe a run's target encoder beside a random one"),
-    "export": ("ijepa_ds.exchange", "write a run's target encoder for timm"),
+    "export": ("ijepa_ds.exchange", "write a run's encoder for timm, transformers or the released code's tools"),
+    "import": ("ijepa_ds.importer", "make a run folder from a checkpoint in the released code's format"),
+    "convert-config": ("ijepa_ds.convert_config", "write our configuration from a YAML of the released code"),
 }
 
 
 def main() -> int:
     """Import and run one command; the others' imports cost nothing."""
-    listing = "\n".join(f"  {name:<10}{help_line}" for name, (_, help_line) in COMMANDS.items())
+    listing = "\n".join(f"  {name:<16}{help_line}" for name, (_, help_line) in COMMANDS.items())
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(f"python -m ijepa_ds COMMAND [options]\n{listing}")
