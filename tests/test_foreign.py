@@ -1,4 +1,4 @@
-"""Encoders of other projects' files: read, checked tensor by tensor, and the features are those of the other library."""
+"""Encoders of other projects: read, checked tensor by tensor, with the features that the other library gives."""
 
 from __future__ import annotations
 
