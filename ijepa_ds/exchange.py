@@ -108,13 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
             path = _write_timm(exported, out)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error}); choose another --out") from None
-    print(f"written: {path}, the {options.encoder.upper()} encoder of {checkpoint}")
-    if options.format == "reference":
-        print(
-            "it holds both encoders, as this format does: the target encoder under 'target_encoder', the context "
-            "encoder under 'encoder', which is the one that other tools often take; left out: "
-            + ", ".join(torch.load(path, weights_only=True, mmap=True)["ijepa_ds"]["left_out"])
-        )
+    print(f"written: {path}, {_what_it_holds(path, options)} of {checkpoint}")
     return 0
 
 
@@ -217,6 +211,16 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     write(temporary)
     os.replace(temporary, path)
+
+
+def _what_it_holds(path: Path, options: argparse.Namespace) -> str:
+    if options.format != "reference":
+        return f"the {options.encoder.upper()} encoder"
+    left_out = torch.load(path, weights_only=True, mmap=True)["ijepa_ds"]["left_out"]
+    return (
+        "the TARGET encoder under 'target_encoder', the context encoder under 'encoder' (which other tools often take) "
+        f"and the predictor, without {', '.join(left_out)},"
+    )
 
 
 def _image_size(asked: list[int] | None, config: Config) -> tuple[int, int]:

@@ -98,7 +98,9 @@ def read_encoder(
         raise UserError(f"{path} does not exist; give a .pth.tar, a .safetensors or a transformers folder")
     if path.is_dir():
         weights, role, config = _read_transformers(path)
-        found = _check_encoder(weights, str(path), "transformers", role, heads or config["num_attention_heads"])
+        if heads not in (None, config["num_attention_heads"]):
+            raise UserError(f"--heads {heads} is not the {config['num_attention_heads']} of {path}; leave it out")
+        found = _check_encoder(weights, str(path), "transformers", role, config["num_attention_heads"])
         _check_against_config(found, config, path)
     elif path.suffix == ".safetensors":
         weights, metadata = read_safetensors(path)
@@ -158,7 +160,9 @@ def read_reference(path: str | Path, *, heads: int | None = None) -> ReferenceCh
     )
 
 
-def _check_encoder(weights: dict[str, Any], source: str, file_format: str, role: Role, heads: int | None):
+def _check_encoder(
+    weights: dict[str, Any], source: str, file_format: str, role: Role, heads: int | None
+) -> ForeignEncoder:
     sizes, problems = _inspect(weights)
     _refuse(problems, source)
     grid = _grid(weights["pos_embed"], source)
@@ -190,9 +194,10 @@ def _read_transformers(folder: Path) -> tuple[dict[str, Tensor], Role, dict[str,
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read ({error}); get it again") from None
-    config = {"num_attention_heads": 12, "hidden_act": "gelu", **config}  # transformers leaves defaults out
-    if config.get("model_type") != "ijepa" or config["hidden_act"] != "gelu" or not config.get("qkv_bias", True):
-        raise UserError(f"{folder / 'config.json'} is not of an I-JEPA encoder (model_type ijepa, gelu, qkv_bias)")
+    # Where the file lacks a key, transformers takes its default.
+    config = {"num_attention_heads": 12, "hidden_act": "gelu", "qkv_bias": True, **config}
+    if (config.get("model_type"), config["hidden_act"], config["qkv_bias"]) != ("ijepa", "gelu", True):
+        raise UserError(f"{folder / 'config.json'} is not of an I-JEPA encoder (model_type ijepa, gelu, qkv_bias true)")
     if not isinstance(config["num_attention_heads"], int):
         raise UserError(f"{folder / 'config.json'}: num_attention_heads must be a whole number; get the folder again")
     weights, metadata = read_safetensors(folder / "model.safetensors")

@@ -59,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     if out.name in ("", ".."):
         raise UserError(f"--out {options.out} must end in a folder name, such as runs/released")
     config, checkpoint, origin = _configure(options, out)
-    print(checkpoint.target.say())
+    epochs = "" if checkpoint.epoch is None else f"; trained for {checkpoint.epoch} epochs"
+    print(checkpoint.target.say() + epochs)
     grid = checkpoint.target.grid
     if grid != config.grid:
         print(f"positions are computed again: the file's grid is {grid[0]} x {grid[1]}, the run's "

@@ -188,7 +188,7 @@ def test_the_released_format_after_training(tmp_path, capsys) -> None:
     run = exported().folder
     main([str(run / "checkpoints" / "step_000000004"), "--format", "reference", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "it holds both encoders" in said and "left out: opt, scaler, loss" in said
+    assert "the TARGET encoder under 'target_encoder'" in said and "without opt, scaler, loss, of" in said
     content = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
     assert {key: content[key] for key in ("epoch", "batch_size", "world_size")} == {
         "epoch": 1, "batch_size": 8, "world_size": 2,

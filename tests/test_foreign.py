@@ -115,6 +115,9 @@ def test_a_transformers_folder_that_is_not_whole_or_of_another_kind(tmp_path) ->
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=expected):
             read_encoder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="--heads 4 is not the 2 of"):
+        read_encoder(tmp_path, heads=4)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
         read_encoder(tmp_path)
