@@ -61,7 +61,7 @@ _DROPPED = {
     "data.color_jitter_strength": "it only acts with use_color_distortion",
     "data.image_folder": "images come from a .beton file: --train",
     "data.root_path": "images come from a .beton file: --train",
-    "data.pin_mem": "the loader pins its memory where there is a GPU",
+    "data.pin_mem": "the loader decides about its own buffers",
     "logging.folder": "a run's folder is ijepa.run.folder/ijepa.run.name",
     "logging.write_tag": "a run's folder is ijepa.run.folder/ijepa.run.name",
     "meta.copy_data": "a .beton is read where it is",
