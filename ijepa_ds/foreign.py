@@ -150,7 +150,9 @@ def read_reference(path: str | Path, *, heads: int | None = None) -> ReferenceCh
         _check_encoder(parts[ROLE_KEYS[role]], f"{path}, {ROLE_KEYS[role]}", "reference", role, heads)
         for role in ("context", "target")
     )
-    predictor = {name: tensor.float() for name, tensor in parts["predictor"].items() if name != "predictor_pos_embed"}
+    predictor = {
+        name: tensor.detach().float() for name, tensor in parts["predictor"].items() if name != "predictor_pos_embed"
+    }
     grids = {context.grid, target.grid, _grid(parts["predictor"]["predictor_pos_embed"], f"{path}, predictor")}
     if len(grids) > 1:
         raise UserError(f"{path} has positions of several grids ({grids}) in its parts; get a file of one training")
@@ -169,7 +171,7 @@ def _check_encoder(
     dimensions = Dimensions(
         sizes.width, sizes.depth, heads_of_width(sizes.width, heads, source), mlp_ratio(sizes.width, sizes.hidden)
     )
-    own = {name: tensor.float().contiguous() for name, tensor in weights.items() if name != "pos_embed"}
+    own = {name: tensor.detach().float().contiguous() for name, tensor in weights.items() if name != "pos_embed"}
     return ForeignEncoder(source, file_format, role, own, dimensions, sizes.outer, grid)
 
 

@@ -58,4 +58,5 @@ def save_released(path: Path, content: dict[str, Any] | None = None, **sizes: An
 
 
 def _under_module(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {f"module.{name}": tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    """A state dict as of a module that DistributedDataParallel wraps: an OrderedDict, versions attached."""
+    return torch.nn.ModuleDict({"module": module}).state_dict()

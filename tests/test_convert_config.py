@@ -144,3 +144,9 @@ def test_what_is_no_such_file(tmp_path, text) -> None:
         main([str(tmp_path / "x.yaml")])
     with pytest.raises(UserError, match="cannot be read as YAML"):
         main([str(tmp_path / "nowhere.yaml")])
+
+
+def test_the_documentation_lists_every_key() -> None:
+    table = (CONFIGS.parent / "docs" / "recipe.md").read_text().partition("## The released code's YAML")[2]
+    missing = [name for values in RELEASED.values() for name in values if f"{name}`" not in table]
+    assert not missing

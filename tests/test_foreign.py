@@ -18,6 +18,16 @@ from ijepa_ds.foreign import read_encoder, read_reference
 from ijepa_ds.positions import sine_cosine_positions
 
 
+def test_parameters_and_16_bit_weights_are_taken(tmp_path) -> None:
+    encoder = VisionTransformer((32, 32), 4, SMALL).bfloat16()
+    torch.save(dict(encoder.named_parameters()), tmp_path / "x.pth")
+    found = read_encoder(tmp_path / "x.pth", heads=2)
+    expected = {name: p.detach().float() for name, p in encoder.named_parameters() if name != "pos_embed"}
+    assert_same_tensors(found.weights, expected)
+    assert not any(tensor.requires_grad for tensor in found.weights.values())
+    assert torch.equal(found.state_dict()["pos_embed"][0], sine_cosine_positions(32, (8, 8)))  # not its rounding
+
+
 def build(found, image_size):
     """Our encoder with the weights that were read, at any image size."""
     encoder = VisionTransformer(image_size, found.patch_size, found.dimensions)
