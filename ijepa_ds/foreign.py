@@ -10,7 +10,7 @@ Shapes: N patches, D encoder width.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +77,14 @@ class ReferenceCheckpoint:
     predictor: dict[str, Tensor]  # the released code's names, without positions
     predictor_sizes: TensorSizes
     epoch: int | None
+
+    def with_heads(self, heads: int) -> ReferenceCheckpoint:
+        """The same with another number of attention heads, which no tensor shows."""
+
+        def change(encoder: ForeignEncoder) -> ForeignEncoder:
+            return replace(encoder, dimensions=replace(encoder.dimensions, heads=heads))
+
+        return replace(self, target=change(self.target), context=change(self.context))
 
 
 def read_encoder(

@@ -89,7 +89,8 @@ def _configure(options: argparse.Namespace, out: Path) -> tuple[Config, Referenc
         heads = encoder_dimensions(config).heads
         if options.heads not in (None, heads):
             raise UserError(f"--heads {options.heads} is not {options.config}'s {heads}; give one of the two")
-        checkpoint, origin = read_reference(options.checkpoint, heads=heads), options.config
+        # One head divides any width: a width that is not the configuration's is told below, among all differences.
+        checkpoint, origin = read_reference(options.checkpoint, heads=1).with_heads(heads), options.config
     differences = size_differences(config, checkpoint.target, checkpoint.predictor_sizes)
     if differences:
         lines = "".join(f"\n  - {difference}" for difference in differences)

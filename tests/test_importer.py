@@ -142,13 +142,21 @@ def test_heads_are_asked_for(tmp_path) -> None:
 
 
 def test_every_size_that_differs_is_named(tmp_path) -> None:
-    changes = {"width": 64, "depth": 3, "patch_size": 8, "predictor_width": 32, "predictor_depth": 1, "mlp_ratio": 3}
+    changes = {
+        "width": 60,
+        "heads": 3,
+        "depth": 3,
+        "patch_size": 8,
+        "predictor_width": 36,
+        "predictor_depth": 1,
+        "mlp_ratio": 3,
+    }
     _, path = config_file("unused", **{f"ijepa__model__{key}": value for key, value in changes.items()})
     with pytest.raises(UserError) as error:
         main([str(released_file()), "--out", str(tmp_path / "run"), "--config", str(path)])
     for expected in (
-        "width: 32 in the file, 64 in the configuration", "depth: 2 in the file, 3", "patch_size: 4 in the file, 8",
-        "hidden width of the MLPs: 128 in the file, 192", "predictor_width: 16 in the file, 32",
+        "width: 32 in the file, 60 in the configuration", "depth: 2 in the file, 3", "patch_size: 4 in the file, 8",
+        "hidden width of the MLPs: 128 in the file, 180", "predictor_width: 16 in the file, 36",
         "predictor_depth: 2 in the file, 1",
     ):  # fmt: skip
         assert expected in str(error.value)
