@@ -9,13 +9,15 @@ COMMANDS = {
     "evaluate": ("ijepa_ds.evaluation.probe", "probe a run's target encoder beside a random one"),
     "masks": ("ijepa_ds.mask_statistics", "what the mask samplers draw: statistics and a picture"),
     "replay": ("ijepa_ds.replay", "replay a recorded run of another implementation and compare"),
-    "export": ("ijepa_ds.exchange", "write a run's target encoder for timm"),
+    "export": ("ijepa_ds.exchange", "write a run's encoder for timm, transformers or the released code's tools"),
+    "import": ("ijepa_ds.importer", "make a run folder from a checkpoint in the released code's format"),
+    "convert-config": ("ijepa_ds.convert_config", "write our configuration from a YAML of the released code"),
 }
 
 
 def main() -> int:
     """Import and run one command; the others' imports cost nothing."""
-    listing = "\n".join(f"  {name:<10}{help_line}" for name, (_, help_line) in COMMANDS.items())
+    listing = "\n".join(f"  {name:<16}{help_line}" for name, (_, help_line) in COMMANDS.items())
     # deepspeed --module ijepa_ds COMMAND: the launcher puts its own argument before the command.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     name = arguments[0] if arguments else "--help"

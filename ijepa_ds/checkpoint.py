@@ -95,6 +95,11 @@ def checkpoint_step(checkpoint: Path) -> int:
     return _state(checkpoint)["step"]
 
 
+def checkpoint_processes(checkpoint: Path) -> int:
+    """The number of processes that wrote a checkpoint."""
+    return _state(checkpoint).get("processes", 1)
+
+
 def load_checkpoint(
     checkpoint: Path,
     shards: list[MasterShard],

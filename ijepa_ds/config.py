@@ -231,7 +231,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold one JSON object, not {_kind(raw)}")
     for override in overrides or []:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     return parse_config(raw, source=str(path))
 
 
@@ -248,7 +248,8 @@ def parse_config(raw: dict[str, Any], *, source: str = "config") -> Config:
     return Config(deepspeed, ijepa)
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one value of a configuration as it stands in a file; ``override`` is KEY=JSON with a dotted key."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override} is not KEY=JSON, such as --set ijepa.data.workers=4")

@@ -26,7 +26,10 @@ class RunFolder:
         self.export = self.path / "export"
 
     def check_belongs(self, config: Config, num_images: int) -> None:
-        """Refuse a folder that holds another run: what differs is listed. Reads only."""
+        """Refuse a folder that holds another run: what differs is listed. Reads only.
+
+        A folder that weights were imported into has not seen its images yet: their number is null there, and free.
+        """
         file = self.path / "config.json"
         if not file.exists():
             if list_checkpoints(self.checkpoints):
@@ -45,6 +48,8 @@ class RunFolder:
                 f"{file} cannot be read ({error}); move {self.path} away or choose another ijepa.run.name"
             ) from None
         now = {**config.recipe(), "images in ijepa.data.train": num_images}
+        if then["images in ijepa.data.train"] is None:
+            then["images in ijepa.data.train"] = num_images
         differing = [
             f"\n  - {key}: {json.dumps(then.get(key))} there, {json.dumps(now.get(key))} here"
             for key in sorted(then.keys() | now.keys())
@@ -56,8 +61,11 @@ class RunFolder:
                 f"the folder to start over. What differs:{''.join(differing)}"
             )
 
-    def prepare(self, config: Config, num_images: int) -> dict[str, Any]:
-        """Make the folder, remove what a killed process left half written, record configuration and versions."""
+    def prepare(self, config: Config, num_images: int | None) -> dict[str, Any]:
+        """Make the folder, remove what a killed process left half written, record configuration and versions.
+
+        ``num_images``: of the training data; None where it is not known yet.
+        """
         record = {"config": config.as_dict(), "images": num_images, "versions": versions(), "commit": git_commit()}
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -75,13 +83,31 @@ class RunFolder:
         return found[-1] if found else None
 
 
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """(run folder, checkpoint) of a run folder, whose newest checkpoint is taken, or of one of its checkpoints."""
+    if (path / "state.json").is_file():
+        return path.resolve().parent.parent, path
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is not a run folder: it has no config.json; give one, or its checkpoints/step_N")
+    found = list_checkpoints(path / "checkpoints")
+    if not found:
+        raise UserError(f"{path} has no checkpoint yet; train first: deepspeed run.py --config FILE.json")
+    return path, found[-1]
+
+
 def read_run_config(path: Path) -> Config:
     """The configuration that a run was started with, from its folder."""
+    return read_run_record(path)[0]
+
+
+def read_run_record(path: Path) -> tuple[Config, int | None]:
+    """The same and the number of training images, None where weights were imported and nothing was trained yet."""
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path} is not a run folder: it has no config.json")
     try:
-        return parse_config(json.loads(file.read_text())["config"], source=str(file))
+        record = json.loads(file.read_text())
+        return parse_config(record["config"], source=str(file)), record["images"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error!r}); put back what the run wrote there") from None
 

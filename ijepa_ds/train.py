@@ -264,7 +264,7 @@ class Run:
             f"{loader.micro_batches_per_step} micro-batches; ZeRO {config.zero_stage}, {working_dtype(config)}, "
             f"{self.process.device.type}; {loader.pipeline.num_workers} loading threads a process\n"
             f"masks: {config.ijepa.masks.sampler} on {config.grid[0]} x {config.grid[1]} patches; folder "
-            f"{self.folder.path}; " + (f"going on from step {step}" if step else "starting at step 0")
+            f"{self.folder.path}; " + (f"going on from step {step}" if self._saved_step >= 0 else "starting at step 0")
         )
 
 

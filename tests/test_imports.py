@@ -13,10 +13,11 @@ FOLDER = Path(__file__).resolve().parents[1] / PACKAGE
 
 # A file may import from any line above its own, and from what stands to its left on the same line.
 LAYERS = """
-__init__ errors
+__init__ errors untrusted tensor_names
 config random_streams schedules positions masks distributed
 encoder
 predictor
+architecture foreign
 ijepa trace loader monitor health pictures
 shards
 optimizer
@@ -24,8 +25,8 @@ target_encoder
 engine
 checkpoint
 run_folder
-build
-exchange replay mask_statistics
+build convert_config
+exchange inferred_config importer replay mask_statistics
 evaluation
 train
 demo
