@@ -1,10 +1,11 @@
-"""``python -m ijepa_ds COMMAND``: demo, evaluate, export."""
+"""``python -m ijepa_ds COMMAND``: compare, demo, evaluate, export."""
 
 import sys
 
 from ijepa_ds.errors import UserError, run_command
 
 COMMANDS = {
+    "compare": ("ijepa_ds.evaluation.compare", "evaluations side by side, with the paper's numbers"),
     "demo": ("ijepa_ds.demo", "the whole job on built-in images: make, convert, pretrain, evaluate, export"),
     "evaluate": ("ijepa_ds.evaluation.probe", "probe a run's target encoder beside a random one"),
     "export": ("ijepa_ds.exchange", "write a run's target encoder for timm"),
