@@ -119,13 +119,18 @@ def load_results(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} holds no results: it has no list of tasks; give a results.json of evaluate")
     if results.get("schema") != SCHEMA:
         raise UserError(f"{file} has schema {results.get('schema')}, not {SCHEMA}; evaluate the checkpoint again")
+    for key in ("options", "config"):
+        if not isinstance(results.get(key) or {}, dict):
+            raise UserError(f"{file}: '{key}' is no object; evaluate the checkpoint again")
     if not results["tasks"]:
         raise UserError(f"{file} holds no tasks; evaluate the checkpoint again")
     for number, task in enumerate(results["tasks"]):
         if not isinstance(task, dict):
             raise UserError(f"{file}: task {number} is no object; evaluate the checkpoint again")
-        for key, kinds in (("task", str), ("label", str), ("metric", str), ("unit", str), ("value", int | float)):
-            if not isinstance(task.get(key), kinds) or isinstance(task.get(key), bool):
+        if not isinstance(task.get("baselines") or {}, dict):
+            raise UserError(f"{file}: task {number} has no usable 'baselines'; evaluate the checkpoint again")
+        for key, kind in (("task", str), ("label", str), ("metric", str), ("unit", str), ("value", int | float)):
+            if not isinstance(task.get(key), kind) or isinstance(task.get(key), bool):
                 raise UserError(f"{file}: task {number} has no usable '{key}'; evaluate the checkpoint again")
     return results
 
@@ -156,7 +161,7 @@ def compare(runs: Sequence[dict[str, Any]], *, names: Sequence[str]) -> Comparis
                 shown = ", ".join("unknown" if n is None else f"{n:,}" for n in sorted(counts, key=lambda n: n or 0))
                 warnings.append(f"{task} {label}: {count.replace('_', ' ')} differ ({shown})")
         paper = PAPER.get((task, data[key]), PAPER.get((task, None), {})) if metric == "accuracy" else {}
-        name = label if number == 1 else f"{label} #{number}"
+        name = label + (f" ({data[key]})" if data[key] else "") + (f" #{number}" if number > 1 else "")
         rows.append(Row(task, name, metric, unit, [cells.get(index) for index in range(len(runs))], paper))
     return Comparison(list(names), rows, warnings)
 
@@ -217,14 +222,14 @@ def _cell(task: dict[str, Any]) -> Cell | None:
         statistics.mean(random),
         statistics.stdev(random) if len(random) > 1 else None,
         statistics.mean(pixels) if pixels else None,
-        task.get("train_images"),
-        task.get("validation_images"),
+        *(task[key] if isinstance(task.get(key), int) else None for key in ("train_images", "validation_images")),
     )
 
 
 def _baseline(task: dict[str, Any], name: str) -> list[float]:
-    values = ((task.get("baselines") or {}).get(name) or {}).get("values") or []
-    return [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    found = (task.get("baselines") or {}).get(name)
+    values = found.get("values") if isinstance(found, dict) else None
+    return [float(value) for value in values or [] if isinstance(value, int | float) and math.isfinite(value)]
 
 
 def _differences(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
@@ -239,14 +244,15 @@ def _differences(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[s
 
 def _data(run: dict[str, Any]) -> str:
     """The files that a run was measured on: what was asked for, or else the configuration's."""
-    options = run.get("options") or {}
-    data = ((run.get("config") or {}).get("ijepa") or {}).get("data") or {}
+    options, config = run.get("options") or {}, run.get("config") or {}
+    ours = config.get("ijepa") if isinstance(config.get("ijepa"), dict) else {}
+    data = ours.get("data") if isinstance(ours.get("data"), dict) else {}
     return " + ".join(str(options.get(key) or data.get(key)) for key in ("train", "validation"))
 
 
 def _data_set(run: dict[str, Any], task: dict[str, Any]) -> str | None:
     """Which of the paper's transfer sets this is, by the preset or a file's name."""
-    named = f"{(run.get('options') or {}).get('preset', '')} {(task.get('extra') or {}).get('preset', '')} {_data(run)}"
+    named = f"{(run.get('options') or {}).get('preset', '')} {_data(run)}"
     plain = named.lower().replace("-", "").replace("_", "")
     return next((data for _, data in PAPER if data and data in plain), None) if task["task"] == "transfer" else None
 

@@ -60,7 +60,7 @@ def fine_tune(
     """Train ``encoder`` (in place, in float32) and a new linear head; bf16 autocast on a GPU.
 
     Args:
-        encoder: [B, 3, H, W] -> [B, N, D] after its final norm. Fixed positions stay fixed.
+        encoder: [B, 3, H, W] -> [B, N, D] after its final norm. All of it is trained but the fixed positions.
         batches: epoch -> this process's share of each optimizer step, (images [B, 3, H, W] normalised, labels [B]).
             With the paper's batch of 512, B is 512 over the number of processes.
         validation: -> (images, labels), this process's ``samples[rank::world_size]``.
@@ -82,6 +82,8 @@ def fine_tune(
     head = nn.Linear(encoder.embed_dim, num_classes)
     initialize(head, torch.Generator().manual_seed(seed))
     encoder.to(process.device, torch.float32)
+    for name, parameter in encoder.named_parameters():  # it may come frozen, as a target encoder is
+        parameter.requires_grad_(name != "pos_embed")
     head.to(process.device)
     groups = layer_decay_groups(
         encoder, head, lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay

@@ -94,8 +94,8 @@ def read_names(beton: str | Path, *, num_samples: int) -> list[str]:
     path = Path(f"{beton}.names.gz")
     if not path.is_file():
         raise UserError(
-            f"{path} is missing, so files cannot be found by name: convert {beton} again with data_prep/to_ffcv.py, "
-            "which writes it since split lists are supported"
+            f"{path} is missing, so files cannot be found by name: copy it along with {beton}, or, where that was made "
+            "before data_prep/to_ffcv.py wrote names, convert it again"
         )
     try:
         lines = gzip.decompress(path.read_bytes()).split(b"\n")[:-1]  # the last line ends in a line break too
@@ -213,4 +213,4 @@ def _read_lines(path: str | Path) -> list[str]:
         text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"cannot read the split list {path} ({error.strerror or error}): check the path") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip().removeprefix("./") for line in text.splitlines() if line.strip()]

@@ -101,6 +101,7 @@ def grid_figure(task: dict[str, Any]) -> Figure:
     values = [value for point in points if (value := _number(point.get("value"))) is not None]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     rows, columns = (sorted({_number(point.get(key)) or 0.0 for point in points}) for key in ("lr", "weight_decay"))
+    decimals = 1 if high - low >= 1 else 2  # so that heads which are close can be told apart
     size = (max(5.0, len(panels) * (1.2 + 0.8 * len(columns)) + 1.5), 2.2 + 0.45 * len(rows))
     figure = _figure(*size)
     figure.suptitle(f"{_title(task)}: {task['metric']} ({task['unit']}) of every head", fontsize=12)
@@ -118,7 +119,7 @@ def grid_figure(task: dict[str, Any]) -> Figure:
         image = axis.imshow(cells, cmap=COLOUR_MAP, vmin=low, vmax=max(high, low + 1e-9), aspect="auto")
         axis.set_facecolor("#DDDDDD")
         for (row, column), value in np.ndenumerate(cells):
-            _write_cell(axis, row, column, f"{value:.1f}" if np.isfinite(value) else "-", value, low, high)
+            _write_cell(axis, row, column, f"{value:.{decimals}f}" if np.isfinite(value) else "-", value, low, high)
             if np.isfinite(value) and value == high:
                 axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=RED, linewidth=2.5))
         axis.set_title(panel, fontsize=10)

@@ -79,13 +79,15 @@ def test_tasks_that_one_run_lacks_are_dashes():
     more["tasks"].append(copy.deepcopy(more["tasks"][1]) | {"value": 44.0})
     rows = compare([less, more], names=["x", "y"]).rows
     assert [(row.task, row.label) for row in rows] == [
-        ("count", "count"), ("transfer", "label"), ("linear", "label"), ("count", "count #2")
+        ("count", "count"), ("transfer", "label (cifar100)"), ("linear", "label"), ("count", "count #2")
     ]  # fmt: skip
     assert rows[2].cells[0] is None and rows[2].cells[1].value == 71.2 and rows[3].cells[1].value == 44.0
     assert " -  " in format_table(compare([less, more], names=["x", "y"]), paper=True)
 
 
-@pytest.mark.parametrize("baselines", [{}, None, {"random": {"values": []}}, {"random": {"values": [float("nan")]}}])
+@pytest.mark.parametrize(
+    "baselines", [{}, None, {"random": [3.0]}, {"random": {"values": []}}, {"random": {"values": [float("nan")]}}]
+)
 def test_a_result_without_baselines_is_not_shown(baselines):
     results = results_of()
     results["tasks"][1]["baselines"] = baselines
@@ -119,6 +121,8 @@ def test_the_command(tmp_path, capsys):
         ('{"tasks": [], "schema": 1}', "holds no tasks"),
         ('{"tasks": [3], "schema": 1}', "task 0 is no object"),
         ('{"tasks": [{"task": "linear", "label": "x", "metric": "a", "unit": "%"}], "schema": 1}', "usable 'value'"),
+        ('{"tasks": [{"baselines": [3]}], "schema": 1}', "task 0 has no usable 'baselines'"),
+        ('{"tasks": [], "schema": 1, "options": [3]}', "'options' is no object"),
         ('{"tasks": [{"task": 3}], "schema": 1}', "task 0 has no usable 'task'"),
     ],
 )

@@ -121,9 +121,12 @@ def test_micro_batches_change_nothing():
     assert (weights_of(whole) - weights_of(tiny_encoder())).abs().max() > 2e-3
 
 
-def test_a_bf16_encoder_becomes_float32():
-    encoder = tiny_encoder().to(torch.bfloat16)
+def test_a_frozen_bf16_encoder_is_trained_in_float32():
+    encoder = tiny_encoder().to(torch.bfloat16).requires_grad_(False)
+    before = {name: weight.float().clone() for name, weight in encoder.named_parameters()}
     tune(encoder)
+    same = [name for name, weight in encoder.named_parameters() if torch.equal(weight, before[name])]
+    assert same == ["pos_embed"]
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
 
 

@@ -59,7 +59,7 @@ def test_the_grid_has_each_head_in_its_cell_and_outlines_the_best():
     np.testing.assert_allclose(cells, 50 + 10 * np.array([[0.001], [0.01], [0.05]]) - 100 * np.array([[0, 5e-4]]))
     assert [tick.get_text() for tick in axes[0].get_yticklabels()] == ["0.001", "0.01", "0.05"]
     assert [len(axis.patches) for axis in axes] == [1, 1, 1, 1]  # they tie
-    assert [patch.get_xy() for patch in axes[0].patches] == [(-0.5, 1.5)] and "50.5" in texts(axes[0])
+    assert [patch.get_xy() for patch in axes[0].patches] == [(-0.5, 1.5)] and "50.50" in texts(axes[0])
 
 
 def test_a_grid_with_holes_and_diverged_heads_is_drawn():
@@ -69,7 +69,7 @@ def test_a_grid_with_holes_and_diverged_heads_is_drawn():
         {"lr": 0.2, "weight_decay": 0.2, "value": 40.0},
     ]
     axis = grid_figure(task_of(grid=grid)).axes[0]
-    assert axis.get_title() == "all heads" and texts(axis) == ["-", "-", "-", "40.0"]
+    assert axis.get_title() == "all heads" and texts(axis) == ["-", "-", "-", "40.00"]
 
 
 def test_confusion_is_in_percent_of_the_true_class():
