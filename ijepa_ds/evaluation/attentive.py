@@ -130,8 +130,8 @@ def attentive_probe(
     if width % num_heads:
         raise UserError(f"{num_heads} attention heads do not divide a width of {width}: choose a divisor")
     grid = [(lr, weight_decay) for lr in lrs for weight_decay in weight_decays]
-    if not grid or epochs < 1:
-        raise UserError(f"an attentive probe of {len(grid)} heads and {epochs} epochs trains nothing: give some")
+    if not grid:
+        raise UserError("an attentive probe without learning rates or weight decays has no heads: give some of both")
     heads = nn.ModuleList(
         AttentiveHead(width, num_classes, num_heads=num_heads, generator=torch.Generator().manual_seed(seed))
         for _ in grid

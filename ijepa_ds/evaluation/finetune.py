@@ -74,9 +74,6 @@ def fine_tune(
     Raises:
         UserError: a setting that cannot be meant, labels outside of the classes, or a loss that is no number.
     """
-    for name, value in (("epochs", recipe.epochs), ("steps an epoch", steps_per_epoch), ("micro_batch", micro_batch)):
-        if value < 1:
-            raise UserError(f"fine-tuning with {value} {name} trains nothing: give at least 1")
     if not 0 < recipe.layer_decay <= 1:
         raise UserError(f"layer_decay is {recipe.layer_decay}: give a factor above 0, at most 1")
     head = nn.Linear(encoder.embed_dim, num_classes)

@@ -9,6 +9,7 @@ Shapes: B images that this process contributes to a step, G heads, C classes, n 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -54,12 +55,15 @@ def fit(
         after_epoch: called with the number of epochs done.
 
     Returns:
-        Images per second of all processes, training only.
+        Images per second of all processes, training only; NaN for a single step.
 
     Raises:
-        UserError: labels outside of the classes, or every head's loss is NaN or infinite.
+        UserError: a count below 1, labels outside of the classes, or every head's loss is NaN or infinite.
         ValueError: ``batches`` gave more or fewer steps than ``steps_per_epoch``.
     """
+    for what, value in (("epochs", epochs), ("steps an epoch", steps_per_epoch), ("images at once", micro_batch)):
+        if value < 1:
+            raise UserError(f"{name} with {value} {what} trains nothing: give at least 1")
     total_steps = epochs * steps_per_epoch
     # One step longer than the run, so that the last step still moves.
     factor = Schedules(int(warmup_epochs * steps_per_epoch), total_steps + 1, 0.0, 1.0, 0.0, (0.0, 0.0), (0.0, 0.0))
@@ -88,7 +92,7 @@ def fit(
         progress.end_epoch(epoch + 1, step, best)
         with progress.paused():
             after_epoch(epoch + 1)
-    return progress.images / max(progress.seconds(), 1e-9)
+    return progress.rate()
 
 
 @torch.no_grad()
@@ -166,30 +170,33 @@ def _sum_over_ranks(values: Tensor, process: Process) -> Tensor:
 
 
 class _Progress:
-    """A line every few seconds: images per second, and the time that is left of training."""
+    """A line every few seconds: images per second, and the time that is left of training.
+
+    The first step is not counted: it waits for the loader's compilation and the device's start.
+    """
 
     def __init__(self, name: str, total_steps: int, epochs: int, say: Callable[[str], None]) -> None:
         self.name, self.total_steps, self.epochs, self.say = name, total_steps, epochs, say
-        self.images, self._start, self._paused = 0, time.monotonic(), 0.0
-        self._last_line = self._start
+        self._images, self._paused = 0, 0.0
+        self._start: float | None = None
+        self._last_line = time.monotonic()
 
-    def seconds(self) -> float:
-        """Of training, without the pauses."""
-        return time.monotonic() - self._start - self._paused
+    def rate(self) -> float:
+        """Images per second of training, without the pauses; NaN where there was but one step."""
+        return self._images / max(self._seconds(), 1e-9) if self._images else math.nan
 
     def note(self, step: int, num_images: int) -> None:
-        self.images += num_images
+        """``step`` steps are done, the last with so many images of all processes."""
+        if self._start is None:
+            self._start = time.monotonic()
+            return
+        self._images += num_images
         if time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._line(step, f"step {step}/{self.total_steps}")
 
     def end_epoch(self, epoch: int, step: int, loss: float) -> None:
+        """``epoch`` epochs are done."""
         self._line(step, f"epoch {epoch}/{self.epochs}, loss {loss:.3f}")
-
-    def _line(self, step: int, what: str) -> None:
-        self._last_line = time.monotonic()
-        left = self.seconds() / step * (self.total_steps - step)
-        rate = self.images / max(self.seconds(), 1e-9)
-        self.say(f"{self.name}: {what}, {rate:,.0f} images/s, {int(left // 60)}:{int(left % 60):02d} left to train")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -197,3 +204,13 @@ class _Progress:
         begin = time.monotonic()
         yield
         self._paused += time.monotonic() - begin
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._start - self._paused if self._start is not None else 0.0
+
+    def _line(self, step: int, what: str) -> None:
+        self._last_line = time.monotonic()
+        if self._images:
+            left = self._seconds() / (step - 1) * (self.total_steps - step)
+            what += f", {self.rate():,.0f} images/s, {int(left // 60)}:{int(left % 60):02d} left to train"
+        self.say(f"{self.name}: {what}")

@@ -155,8 +155,10 @@ def test_mistakes_are_one_sentence():
         attentive_probe(lambda tokens: tokens, **common)
     with pytest.raises(UserError, match="5 attention heads do not divide a width of 12"):
         attentive_probe(lambda tokens: tokens, **common, num_heads=5)
-    with pytest.raises(UserError, match="0 heads"):
+    with pytest.raises(UserError, match="has no heads"):
         attentive_probe(lambda tokens: tokens, **common, lrs=())
+    with pytest.raises(UserError, match="0 steps an epoch trains nothing"):
+        attentive_probe(lambda tokens: tokens, **(common | {"steps_per_epoch": 0}))
     broken = torch.full((4, 3, 12), float("nan")), data[1]
     with pytest.raises(UserError, match="attentive probe diverged in epoch 1"):
         attentive_probe(lambda tokens: tokens, **(common | {"num_classes": 4, "batches": lambda epoch: [broken]}))
