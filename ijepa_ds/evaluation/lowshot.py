@@ -129,6 +129,7 @@ def draw_per_class(labels: np.ndarray | Tensor, *, per_class: int, seed: int, dr
     return np.sort(by_class[rank < per_class])
 
 
+@torch.inference_mode(False)  # the fits need gradients wherever it is called from
 def low_shot(
     train_features: Tensor,
     train_labels: Tensor,
