@@ -1,9 +1,13 @@
-"""OUT.beton.json, the note on what a .beton holds; and how both files get their names only when they are complete."""
+"""OUT.beton.json, the note on what a .beton holds, and OUT.beton.names.gz, the file that each sample came from.
+
+How all three files get their names only when they are complete.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +28,10 @@ SIDECAR_VERSION = 1
 
 def sidecar_path(beton: str) -> str:
     return beton + ".json"
+
+
+def names_path(beton: str) -> str:
+    return beton + ".names.gz"
 
 
 def sha256_of(path: str) -> str:
@@ -58,6 +66,17 @@ def describe(writer: BetonWriter, source: Source, encoding: Encoding, *, given_s
     }
 
 
+def packed_names(writer: BetonWriter, source: Source) -> bytes:
+    """The names file: gzip, line k is the path of sample k below SOURCE (4 MB for ImageNet's train split).
+
+    Few-shot split lists name files, so the names are needed to find their samples. A line break within a name is
+    written as a space, so that lines stay in step; bytes that are not UTF-8 stay as they are.
+    """
+    lines = (" ".join(source.names[int(sample)].splitlines()) for sample in np.flatnonzero(writer.kept))
+    # Without a time, so that the same images make the same file.
+    return gzip.compress(b"".join(os.fsencode(line) + b"\n" for line in lines), mtime=0)
+
+
 @contextlib.contextmanager
 def temporary_beside(path: str) -> Iterator[str]:
     """A name in ``path``'s folder, so that renaming it is atomic. The file is removed unless it was renamed."""
@@ -69,21 +88,25 @@ def temporary_beside(path: str) -> Iterator[str]:
             os.remove(temporary)
 
 
-def publish(beton: str, temporary: str, note: dict) -> None:
-    """Give the finished ``temporary`` the name ``beton`` and write its note.
+def publish(beton: str, temporary: str, note: dict, names: bytes) -> None:
+    """Give the finished ``temporary`` the name ``beton`` and write its note and its names beside it.
 
-    A crash in between leaves a .beton without a note, never with another file's.
+    A crash in between leaves a .beton without a note or names, never with another file's.
     """
-    sidecar = sidecar_path(beton)
-    with temporary_beside(sidecar) as temporary_note:
-        with open(temporary_note, "w", encoding="utf-8") as file:
-            json.dump(note, file, indent=1)
+    contents = {sidecar_path(beton): json.dumps(note, indent=1).encode(), names_path(beton): names}
+    with contextlib.ExitStack() as stack:
+        temporaries = {path: stack.enter_context(temporary_beside(path)) for path in contents}
+        for path, content in contents.items():
+            with open(temporaries[path], "wb") as file:
+                file.write(content)
+            _sync(temporaries[path])
         _sync(temporary)
-        _sync(temporary_note)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(sidecar)
+        for path in contents:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
         os.replace(temporary, beton)
-        os.replace(temporary_note, sidecar)
+        for path in contents:
+            os.replace(temporaries[path], path)
     _sync(os.path.dirname(os.path.abspath(beton)))
 
 

@@ -1,4 +1,4 @@
-"""Images -> one .beton file that FFCV reads, with a note (OUT.beton.json) of what is in it.
+"""Images -> one .beton file that FFCV reads, with a note (OUT.beton.json) of what is in it and the files' names.
 
     python data_prep/to_ffcv.py SOURCE OUT.beton [--max-resolution 512] [--jpeg-quality 90] [--workers N] ...
     python data_prep/to_ffcv.py --verify FILE.beton
@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs in a checkout that was not installed
 from images import WRITE_MODES, Encoding, UnreadableImage, decode_rgb, encode_image, quiet_decoding
-from sidecar import describe, publish, temporary_beside
+from sidecar import describe, packed_names, publish, temporary_beside
 from sources import Source, open_source
 
 from ijepa_ds.errors import UserError, run_command
@@ -211,7 +211,7 @@ def write_beton(arguments: argparse.Namespace, source: Source, encoding: Encodin
                 "was not written: mend or remove them, or give --skip-unreadable to leave them out"
             )
         note = describe(writer, source, encoding, given_source=arguments.source, limit=arguments.limit)
-        publish(arguments.out, temporary, note)
+        publish(arguments.out, temporary, note, packed_names(writer, source))
     return len(writer.rows)
 
 

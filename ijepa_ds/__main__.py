@@ -5,6 +5,7 @@ import sys
 from ijepa_ds.errors import UserError, run_command
 
 COMMANDS = {
+    "compare": ("ijepa_ds.evaluation.compare", "evaluations side by side, with the paper's numbers"),
     "demo": ("ijepa_ds.demo", "the whole job on built-in images: make, convert, pretrain, evaluate, export"),
     "evaluate": ("ijepa_ds.evaluation.probe", "probe a run's target encoder beside a random one"),
     "masks": ("ijepa_ds.mask_statistics", "what the mask samplers draw: statistics and a picture"),

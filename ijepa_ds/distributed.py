@@ -97,6 +97,24 @@ def max_over_ranks(values: list[float], process: Process) -> list[float]:
     return torch.tensor(gathered, dtype=torch.float64).amax(0).tolist()
 
 
+def average_gradients(parameters: list[torch.nn.Parameter], num_images: int, process: Process) -> int:
+    """Turn gradients of a sum over this process's images into those of the mean over all processes' images.
+
+    A process may have none, as where the last images do not go round. Returns the number of all their images.
+    """
+    total = torch.tensor(num_images)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters]
+    if process.world_size > 1:
+        dist.all_reduce(total, group=process.control)
+        for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+            work.wait()
+    torch._foreach_div_(gradients, float(max(1, int(total))))
+    return int(total)
+
+
 def gather_rows(rows: torch.Tensor, process: Process) -> torch.Tensor:
     """All ranks' rows [n_r, ...], interleaved as a stride over ranks dealt them out, on the CPU of every rank."""
     if process.world_size == 1:

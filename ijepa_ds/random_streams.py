@@ -13,6 +13,7 @@ from numba import njit
 
 # Purposes keep streams apart that share seed, step and sample. Never renumber: it changes every run.
 ORDER, CROP, MASK, BLOCK_SIZE = 1, 2, 3, 4
+SUBSET = 20  # which images a few-shot draw takes
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -53,13 +54,13 @@ def below(key, counter, limit):
 
 
 @njit(cache=True)
-def _sort_keys(seed, epoch, num_samples):
+def _sort_keys(seed, purpose, time, num_samples):
     keys = np.empty(num_samples, np.uint64)
     for sample in range(num_samples):
-        keys[sample] = stream(seed, ORDER, epoch, sample)
+        keys[sample] = stream(seed, purpose, time, sample)
     return keys
 
 
-def permutation(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+def permutation(seed: int, epoch: int, num_samples: int, *, purpose: int = ORDER) -> np.ndarray:
     """The order of the samples in an epoch, int64 [num_samples]. Ours and not numpy's, whose streams may change."""
-    return np.argsort(_sort_keys(np.uint64(seed), epoch, num_samples), kind="stable")
+    return np.argsort(_sort_keys(np.uint64(seed), purpose, epoch, num_samples), kind="stable")

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed_runs import FOLDER, ROOT, launch_training, once, run_command_forked, tiny_config
+from distributed_runs import FOLDER, ROOT, launch_training, once, tiny_config
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.txt"
 STEPS, SCENES = 20, 64

@@ -111,6 +111,22 @@ def linear_probe(
     )
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
+def logistic_path(
+    features: Tensor, labels: Tensor, *, num_classes: int, strengths: Sequence[float]
+) -> dict[float, tuple[Tensor, Tensor]]:
+    """The regression of :func:`linear_probe` for each strength: weight [C, D] and bias [C], for raw features.
+
+    ``features`` float32 [n, D] and ``labels`` int64 [n] as that function checks them; a class may be missing.
+    """
+    train, fit, fits = _standardise(features), None, {}
+    for l2 in sorted(strengths, reverse=True):
+        fit = _fit_logistic(train, labels, fit, num_classes=num_classes, l2=l2)
+        fits[l2] = (fit[0] / train.std, fit[1] - fit[0] @ (train.mean / train.std))
+    return fits
+
+
 @torch.no_grad()
 def ridge_regression(
     train_features: Tensor,

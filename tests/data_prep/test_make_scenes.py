@@ -14,6 +14,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "data_prep" / "make_scenes.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import make_scenes  # noqa: E402
+import scene_renderer  # noqa: E402
 from make_scenes import render_scene  # noqa: E402
 
 from ijepa_ds.errors import UserError  # noqa: E402
@@ -69,8 +70,8 @@ def test_labels_vary_and_are_independent(scenes: list[dict]) -> None:
     assert np.bincount(counts)[3:].min() > 0.6 * len(scenes) / 8
     assert depths.min() < 5.3 and depths.max() > 12.7 and 2.0 < depths.std() < 2.7  # uniform from 5 to 13: 2.31
     assert abs(np.corrcoef(counts, depths)[0, 1]) < 0.08
-    assert {entry["shape"] for scene in scenes for entry in scene["objects"]} == set(make_scenes.SHAPES)
-    assert {texture for scene in scenes for texture in scene["textures"]} == set(make_scenes.TEXTURES)
+    assert {entry["shape"] for scene in scenes for entry in scene["objects"]} == set(scene_renderer.SHAPES)
+    assert {texture for scene in scenes for texture in scene["textures"]} == set(scene_renderer.TEXTURES)
 
 
 def test_apparent_size_alone_does_not_give_the_depth(scenes: list[dict]) -> None:
@@ -87,39 +88,6 @@ def test_every_object_can_be_seen(scenes: list[dict]) -> None:
             x, y, depth = entry["pixel_coords"]
             assert 0.0 < x < 32.0 and 0.0 < y < 32.0 and 5.0 <= depth <= 18.0
             assert 0.5 <= entry["visible"] <= 1.0
-
-
-def test_what_is_drawn_is_what_the_labels_say() -> None:
-    """An object painted alone changes the picture around its ``pixel_coords``, and does so more when it is nearer."""
-    camera = np.array([5.5, np.cos(0.54), np.sin(0.54), 0.58])
-    covered = []
-    for depth in (6.0, 9.0, 14.0, 20.0):
-        o = np.zeros(9)
-        o[make_scenes.SCALE], o[make_scenes.COS] = 1.0, 1.0
-        o[make_scenes.X], o[make_scenes.Z] = 0.1 * depth, 1.0
-        o[make_scenes.Y] = (depth + (1.0 - camera[0]) * camera[2]) / camera[1]
-        nearest, owner = np.full((128, 128), np.inf), np.full((128, 128), -1)
-        total = make_scenes.draw(0, o, camera, nearest, owner)
-        rows, columns = np.nonzero(owner == 0)
-        x, y, label = make_scenes.describe(o, camera, 128)["pixel_coords"]
-        assert label == pytest.approx(depth, abs=1e-3)
-        assert abs(columns.mean() + 0.5 - x) < 2.0 and abs(rows.mean() + 0.5 - y) < 2.0
-        assert nearest.min() == pytest.approx(np.linalg.norm([o[2], o[3], o[4] - camera[0]]) - 1.0, abs=0.02)
-        covered.append(total)
-    assert covered == sorted(covered, reverse=True) and covered[0] > 8 * covered[-1]
-
-
-def test_the_nearer_object_hides_the_farther_one() -> None:
-    camera = np.array([5.5, np.cos(0.54), np.sin(0.54), 0.58])
-    near, far = np.zeros(9), np.zeros(9)
-    near[[1, 3, 4, 5]], far[[1, 3, 4, 5]] = (1.0, 7.0, 1.0, 1.0), (1.0, 9.0, 1.0, 1.0)
-    owners = []
-    for order in (((0, near), (1, far)), ((1, far), (0, near))):
-        nearest, owner = np.full((64, 64), np.inf), np.full((64, 64), -1)
-        totals = {k: make_scenes.draw(k, o, camera, nearest, owner) for k, o in order}
-        assert (owner == 0).sum() == totals[0] and 0 < (owner == 1).sum() < totals[1]
-        owners.append(owner)
-    assert np.array_equal(*owners)
 
 
 def test_the_nearest_object_is_hidden_by_none(scenes: list[dict]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -84,8 +85,15 @@ def note_of(out: Path) -> dict:
     return json.loads(Path(f"{out}.json").read_text())
 
 
+def names_of(out: Path) -> list[str]:
+    return gzip.decompress(Path(f"{out}.names.gz").read_bytes()).decode().splitlines()
+
+
 def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+CLASSES_NAMES = ["ant/5.png", "ant/6.png", "ant/7.png", "ant/deeper/8.PNG", *(f"cat/{n}.png" for n in range(5))]
 
 
 @pytest.fixture
@@ -119,7 +127,8 @@ def test_class_folders(classes: Path, tmp_path: Path) -> None:
     assert note["ignored"] == {"hidden": 1, ".txt": 1} and note["skipped"] == []
     assert note["image_size"] == {"height": [24, 24], "width": [40, 40]}
     assert note["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest() and note["bytes"] == out.stat().st_size
-    assert leftovers(out.parent) == ["out.beton", "out.beton.json"]
+    assert leftovers(out.parent) == ["out.beton", "out.beton.json", "out.beton.names.gz"]
+    assert names_of(out) == CLASSES_NAMES
     assert to_ffcv.main(["--verify", str(out)]) == 0
 
 
@@ -447,6 +456,7 @@ def test_unreadable_files_can_be_left_out(damaged: Path, tmp_path: Path) -> None
     note = note_of(out)
     assert [skipped["file"] for skipped in note["skipped"]] == ["ant/0.jpg", "cat/00.jpg", "cat/9.jpg"]
     assert note["num_samples"] == 9 and note["samples_per_class"] == [4, 5]
+    assert names_of(out) == CLASSES_NAMES
     assert to_ffcv.main(["--verify", str(out)]) == 0
 
 
