@@ -228,7 +228,8 @@ main() {
     export TORCH_EXTENSIONS_DIR=$venv/torch_extensions
     case $command in
         demo) exec "$python" -m ijepa_ds demo "$@" ;;
-        test) cd -- "$root" && exec "$python" -m pytest "$@" ;;
+        # Two at a time, file by file: most of a test's time is the start of processes.
+        test) cd -- "$root" && exec "$python" -m pytest -n 2 --dist loadfile "$@" ;;
         convert) exec "$python" "$root/data_prep/to_ffcv.py" "$@" ;;
         pretrain)
             read -ra launcher_args <<<"${DEEPSPEED_ARGS:-}"

@@ -34,7 +34,7 @@ setup(
         "matplotlib",
         "setuptools",  # ffcv imports distutils, which Python 3.12 and later only find here
     ],
-    extras_require={"dev": ["pytest", "ruff", "scikit-learn", "transformers"]},
+    extras_require={"dev": ["pytest", "pytest-xdist", "ruff", "scikit-learn", "transformers"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
