@@ -101,6 +101,19 @@ def is_flipped(seed, epoch, sample):
 
 
 @njit
+def _flips(seed, epoch, samples):
+    flips = np.empty(len(samples), np.bool_)
+    for position in range(len(samples)):
+        flips[position] = is_flipped(seed, epoch, np.uint64(samples[position]))
+    return flips
+
+
+def flips_of(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
+    """Which of ``samples`` are mirrored in an epoch, bool of the same length."""
+    return _flips(np.uint64(seed), np.uint64(epoch), samples)
+
+
+@njit
 def mirror(image):
     """Swap left and right in place, uint8 [H, W, 3]."""
     width = image.shape[1]
