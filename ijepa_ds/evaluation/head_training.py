@@ -21,6 +21,7 @@ from ijepa_ds.distributed import Process, on_any_rank
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation import check_features
 from ijepa_ds.evaluation.encoders import Encoder
+from ijepa_ds.evaluation.features import on_device
 from ijepa_ds.evaluation.heads import HeadGrid, steps_per_epoch
 from ijepa_ds.evaluation.labels import Classes
 from ijepa_ds.evaluation.recipes import Recipe
@@ -65,8 +66,9 @@ class AugmentedFeatures:
         """See :class:`TrainingFeatures`."""
         waiting: list[Tensor] = []
         count, size = 0, batches.shape[1]
-        for images in self.loader.batches(self.samples[batches.reshape(-1)], epoch):
-            waiting.append(self.encoder.forward(images.to(self.device)))
+        read = ((images, {}) for images in self.loader.batches(self.samples[batches.reshape(-1)], epoch))
+        for images, _ in on_device(read, self.device):
+            waiting.append(self.encoder.forward(images))
             count += len(images)
             while size and count >= size:
                 rows = torch.cat(waiting)
