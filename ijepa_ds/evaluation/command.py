@@ -22,8 +22,10 @@ from ijepa_ds.evaluation.encoders import encoders_to_measure
 from ijepa_ds.evaluation.measurement import combine
 from ijepa_ds.evaluation.recipes import PRESETS
 from ijepa_ds.evaluation.results import Results, format_table
+from ijepa_ds.evaluation.setting import Setting
 from ijepa_ds.evaluation.target import Target, checksum, load_target
-from ijepa_ds.evaluation.tasks import DEFAULT_TASKS, TASKS, Setting
+from ijepa_ds.evaluation.tasks import DEFAULT_TASKS, TASKS
+from ijepa_ds.pipeline import DecodeError
 from ijepa_ds.run_folder import versions
 
 
@@ -33,11 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_options(options)
         target = load_target(Path(options.checkpoint), options.config, image_size=options.image_size)
-        data_paths(options, target)
+        evaluate(options, target)
+    except DecodeError:  # of this process's images
+        raise
     except UserError:
         leave_to_main_process()
         raise
-    evaluate(options, target)
     return 0
 
 
@@ -98,16 +101,19 @@ def data_paths(options: argparse.Namespace, target: Target) -> tuple[str, str]:
 
 def evaluate(options: argparse.Namespace, target: Target) -> Results | None:
     """Measure, print the table, write results.json; the results, on the main process."""
+    paths = data_paths(options, target)
     process = join()
+    said: set[str] = set()
 
     def say(line: str) -> None:
-        if process.is_main:
+        if process.is_main and line not in said:  # what holds for one encoder holds for all
+            said.add(line)
             print(line, flush=True)
 
     config = target.config
     seed = config.ijepa.run.seed if options.seed is None else options.seed
     data = LabelledData(
-        data_paths(options, target),
+        paths,
         limits=(options.train_images, options.validation_images),
         image_size=config.ijepa.data.image_size,
         micro_batch=options.micro_batch,

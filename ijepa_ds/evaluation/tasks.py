@@ -1,73 +1,38 @@
 """The tasks of the evaluation. Each measures one encoder at a time, the trained one and its baselines alike.
 
-A task is a function of (:class:`Setting`, :class:`~ijepa_ds.evaluation.encoders.Encoder`) that gives measurements; all
-processes call it together, and the main one's are kept. To add one, write the function and name it in :data:`TASKS`.
+A task is a function of a :class:`~ijepa_ds.evaluation.setting.Setting` and an
+:class:`~ijepa_ds.evaluation.encoders.Encoder` that gives measurements; all processes call it together, and the main
+one's are kept. To add one, write the function and name it in :data:`TASKS`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.data import LabelledData
 from ijepa_ds.evaluation.encoders import Encoder
 from ijepa_ds.evaluation.head_training import AugmentedFeatures, CachedFeatures, train_heads
 from ijepa_ds.evaluation.knn import knn_accuracy, nearest_neighbours
-from ijepa_ds.evaluation.labels import CLEVR_EDGES, Classes, binned, classes_of
+from ijepa_ds.evaluation.labels import Classes, classes_of
 from ijepa_ds.evaluation.linear import linear_probe, ridge_regression
 from ijepa_ds.evaluation.measurement import Measurement, confusion_matrix
-from ijepa_ds.evaluation.recipes import COUNT, DEPTH, LINEAR, PRESETS, Recipe, adapted
-from ijepa_ds.labelled_loader import AugmentedLoader
+from ijepa_ds.evaluation.recipes import COUNT, DEPTH, LINEAR, PRESETS, Recipe
+from ijepa_ds.evaluation.setting import (
+    Setting,
+    any_classes,
+    augmented_loader,
+    class_fields,
+    depth_bins,
+    measurement,
+    own_field,
+)
 
 QUERIES, SHOWN_NEIGHBOURS = 8, 6
 KEPT_PAIRS = 2000  # of true and predicted values
-
-
-@dataclass
-class Setting:
-    """What all tasks of one call share. ``labels`` are the fields asked for; empty: each task takes its own."""
-
-    data: LabelledData
-    process: Process
-    seed: int
-    labels: tuple[str, ...] = ()
-    cached: bool = False
-    preset: str | None = None
-    epochs: int | None = None
-    batch: int | None = None
-    lrs: list[float] | None = None
-    weight_decays: list[float] | None = None
-    bins: str = "auto"
-    crop_share: float | None = None
-    say: Callable[[str], None] = print
-    augmented: AugmentedLoader | None = None  # made when first needed: compiling it takes seconds
-
-    def adapt(self, recipe: Recipe) -> Recipe:
-        """``recipe`` with what was asked for instead, its batch no larger than the training images."""
-        asked = adapted(recipe, epochs=self.epochs, batch=self.batch, lrs=self.lrs, weight_decays=self.weight_decays)
-        fitted = asked.fitted_to(len(self.data.samples["train"]))
-        if fitted.batch < self.process.world_size:
-            raise UserError(f"a batch of {fitted.batch} cannot be shared by {self.process.world_size} processes")
-        if fitted.batch < asked.batch:
-            self.say(f"the batch of {asked.batch} becomes {fitted.batch}: there are no more training images")
-        return fitted
-
-    def share(self) -> float:
-        """The central crop's side over an image's shorter side."""
-        return self.data.crop_share() if self.crop_share is None else self.crop_share
-
-    def extracted(self, encoder: Encoder, *, crop_share: float) -> tuple[Tensor, Tensor]:
-        """Features of the central crops of train and validation."""
-        train, validation = (
-            self.data.features(encoder, split, crop_share=crop_share) for split in ("train", "validation")
-        )
-        return train, validation
 
 
 def logistic(setting: Setting, encoder: Encoder) -> list[Measurement]:
@@ -97,6 +62,7 @@ def knn(setting: Setting, encoder: Encoder) -> list[Measurement]:
             )
             grid += [{"features": name, "k": k, "value": value} for k, value in accuracies.items()]
         chosen = torch.arange(QUERIES).clamp_max(len(validation) - 1) * len(validation) // QUERIES
+        # Of the last view: all columns.
         nearest = nearest_neighbours(bank, queries[chosen.to(device)], k=SHOWN_NEIGHBOURS)
         samples = setting.data.samples
         extra = {
@@ -107,7 +73,7 @@ def knn(setting: Setting, encoder: Encoder) -> list[Measurement]:
                 for query, row in zip(chosen.tolist(), nearest.tolist(), strict=True)
             ],
         }
-        measurements.append(_measurement(setting, "knn", field, grid, began, extra=extra))
+        measurements.append(measurement(setting, "knn", field, grid, began, extra=extra))
     return measurements
 
 
@@ -165,7 +131,7 @@ def head_grid(
     validation = data.features(encoder, "validation", crop_share=share)
     device = setting.process.device
     if recipe.crop and not setting.cached:
-        training = AugmentedFeatures(encoder, _augmented(setting), data.samples["train"], device)
+        training = AugmentedFeatures(encoder, augmented_loader(setting), data.samples["train"], device)
     else:
         train = data.features(encoder, "train", crop_share=share)
         mirrors = recipe.flip and not setting.cached
@@ -186,7 +152,7 @@ def head_grid(
     if regression:
         extra |= regressed(data.labels(field), (train, validation), encoder)
     return [
-        _measurement(
+        measurement(
             setting,
             task,
             field,
@@ -217,45 +183,6 @@ def regressed(labels: tuple[Tensor, Tensor], features: tuple[Tensor, Tensor], en
     }
 
 
-def class_fields(setting: Setting) -> tuple[str, ...]:
-    """The labels of a classification: those asked for, or ``label``, or all that hold integers."""
-    data = setting.data
-    if setting.labels:
-        return setting.labels
-    found = ("label",) if "label" in data.integer_fields else data.integer_fields
-    if not found:
-        raise UserError(
-            f"{data.paths[0]} and {data.paths[1]} have no label of classes in common (they have: "
-            f"{', '.join(data.fields)}); convert class folders with data_prep/to_ffcv.py, or name one with --label"
-        )
-    return found
-
-
-def own_field(setting: Setting, name: str) -> str:
-    """The label of a task that has one of its own, unless another is asked for."""
-    if len(setting.labels) > 1:
-        raise UserError(f"--task {name} measures one label: give --label once")
-    field = setting.labels[0] if setting.labels else name
-    setting.data.labels(field)  # refuses one that is not there
-    return field
-
-
-def any_classes(setting: Setting, field: str) -> Classes:
-    """Classes of an integer label, bins of a continuous one."""
-    train, validation = setting.data.labels(field)
-    if train.is_floating_point():
-        return depth_bins(setting, field)
-    return classes_of(field, train, validation, setting.data.class_names if field == "label" else None)
-
-
-def depth_bins(setting: Setting, field: str) -> Classes:
-    """CLEVR's bins for CLEVR's images, bins of equal population for others, whose unit is another."""
-    train, validation = setting.data.labels(field)
-    clevr = setting.bins == "clevr" or (setting.bins == "auto" and field == "depth" and setting.data.is_clevr())
-    edges = torch.tensor(CLEVR_EDGES, dtype=torch.float64) if clevr else None
-    return binned(field, train, validation, edges=edges)
-
-
 def _logistic(setting: Setting, encoder: Encoder, field: str, features: tuple[Tensor, Tensor]) -> Measurement:
     classes, began = any_classes(setting, field), time.monotonic()
     fits = {
@@ -276,7 +203,7 @@ def _logistic(setting: Setting, encoder: Encoder, field: str, features: tuple[Te
     extra = {"class_names": classes.names if classes.num_classes <= 100 else None}
     if continuous:
         extra |= regressed(labels, features, encoder)
-    return _measurement(
+    return measurement(
         setting,
         "logistic",
         field,
@@ -286,35 +213,6 @@ def _logistic(setting: Setting, encoder: Encoder, field: str, features: tuple[Te
         compared=("mean_absolute_error",) if continuous else (),
         confusion=confusion_matrix(classes, fits[best].predictions),
     )
-
-
-def _measurement(
-    setting: Setting, task: str, field: str, grid: list[dict], began: float, *, rate: float | None = None, **more
-) -> Measurement:
-    samples = setting.data.samples
-    return Measurement(
-        task=task,
-        label=field,
-        grid=grid,
-        train_images=len(samples["train"]),
-        validation_images=len(samples["validation"]),
-        seconds=round(time.monotonic() - began, 2),
-        images_per_second=setting.data.images_per_second() if rate is None else rate,
-        **more,
-    )
-
-
-def _augmented(setting: Setting) -> AugmentedLoader:
-    data = setting.data
-    if setting.augmented is None:
-        setting.augmented = AugmentedLoader(
-            data.datasets["train"],
-            image_size=data.image_size,
-            batch_size=data.micro_batch,
-            seed=setting.seed,
-            num_workers=data.num_workers,
-        )
-    return setting.augmented
 
 
 def _augmentation_name(training: AugmentedFeatures | CachedFeatures) -> str:

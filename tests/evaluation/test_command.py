@@ -179,6 +179,13 @@ def test_two_processes_measure_what_one_does() -> None:
         assert max(differences) <= 5.1 and sum(differences) / len(differences) < 1
 
 
+def test_a_mistake_that_all_processes_see_is_told_once() -> None:
+    with pytest.raises(AssertionError) as caught:
+        data = ["--train", train_beton(), "--validation", validation_beton(), "--task", "count"]
+        run_ranks(evaluate_on_ranks, 2, list(map(str, ("--checkpoint", trained().folder, *data))))
+    assert "rank 0:" in str(caught.value) and str(caught.value).count("no label field 'count'") == 1
+
+
 def test_cached_features_and_another_image_size() -> None:
     out = FOLDER / "cached"
     data = ("--train", train_beton(), "--validation", validation_beton(), "--out", out, "--random-seeds", 1)
