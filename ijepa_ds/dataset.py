@@ -25,11 +25,6 @@ class Dataset:
 def inspect_dataset(path: str | os.PathLike) -> Dataset:
     """Read the header of a .beton and refuse one that is missing, truncated or of other fields (:class:`UserError`)."""
     path = Path(path)
-    if path.is_dir():
-        raise UserError(
-            f"{path} does not exist as a .beton, it is a folder; convert its images once: python data_prep/to_ffcv.py "
-            f"{path} {path}.beton"
-        )
     if not path.is_file():
         raise UserError(f"{path} does not exist; make it with: python data_prep/to_ffcv.py SOURCE {path}")
     cure = f"convert it again: python data_prep/to_ffcv.py SOURCE {path}"

@@ -559,7 +559,6 @@ def test_a_good_file_is_described(beton):
 def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path):
     assert "does not exist" in refusal(tmp_path / "none.beton")
     assert "does not exist" in refusal(tmp_path)
-    assert f"to_ffcv.py {tmp_path} {tmp_path}.beton" in refusal(tmp_path)
 
 
 def test_a_file_cut_anywhere_is_refused(copy):

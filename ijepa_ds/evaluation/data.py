@@ -50,6 +50,12 @@ class LabelledData:
     ):
         self.paths, self.image_size, self.micro_batch, self.num_workers = paths, image_size, micro_batch, num_workers
         self.process = process
+        for path in paths:
+            if Path(path).is_dir():
+                raise UserError(
+                    f"{path} is a folder; convert its class folders once: python data_prep/to_ffcv.py {path} "
+                    f"{str(path).rstrip('/')}.beton"
+                )
         self.datasets = dict(zip(SPLITS, map(inspect_dataset, paths), strict=True))
         self.samples = {
             split: spread_samples(self.datasets[split].num_samples, limit)

@@ -88,7 +88,13 @@ def any_classes(setting: Setting, field: str) -> Classes:
     train, validation = setting.data.labels(field)
     if train.is_floating_point():
         return depth_bins(setting, field)
-    return classes_of(field, train, validation, setting.data.class_names if field == "label" else None)
+    names = setting.data.class_names if field == "label" else []
+    classes = classes_of(field, train, validation, names)
+    empty = [name for name in names if name not in classes.names]
+    if empty:  # harmless: no image to measure has them
+        more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
+        setting.say(f"{len(empty)} classes have no image in use and are left out: {', '.join(empty[:8])}{more}")
+    return classes
 
 
 def depth_bins(setting: Setting, field: str) -> Classes:

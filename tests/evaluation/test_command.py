@@ -179,6 +179,13 @@ def test_two_processes_measure_what_one_does() -> None:
         assert max(differences) <= 5.1 and sum(differences) / len(differences) < 1
 
 
+def test_a_class_without_images_is_said() -> None:
+    named = named_classes("empty", "a b c d nobody")
+    data = ("--train", named, "--validation", named, "--random-seeds", 1, "--out", FOLDER / "empty")
+    code, output = evaluate("--checkpoint", trained().folder, *data, "--task", "knn", "--label", "label")
+    assert code == 0 and output.count("1 classes have no image in use and are left out: nobody") == 1, output
+
+
 def test_a_mistake_that_all_processes_see_is_told_once() -> None:
     with pytest.raises(AssertionError) as caught:
         data = ["--train", train_beton(), "--validation", validation_beton(), "--task", "count"]

@@ -83,6 +83,12 @@ def test_classes_that_differ_are_named(make_beton, tmp_path):
     assert open_data(*paths).class_names == ["ant", "bee"]
 
 
+def test_a_folder_is_refused_with_the_command_that_converts_it(make_beton, tmp_path):
+    one = make_beton(tmp_path / "one.beton", 4, (16, 16), {"label": [0, 1] * 2})
+    with pytest.raises(UserError, match=f"python data_prep/to_ffcv.py {tmp_path} {tmp_path}.beton"):
+        open_data(one, tmp_path)
+
+
 def test_files_without_a_common_label_are_refused(make_beton, tmp_path):
     one = make_beton(tmp_path / "one.beton", 4, (16, 16), {"label": [0, 1] * 2})
     other = make_beton(tmp_path / "other.beton", 4, (16, 16), {"count": [0, 1] * 2})
