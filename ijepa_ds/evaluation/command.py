@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         check_options(options)
-        target = load_target(Path(options.checkpoint), options.config, image_size=options.image_size)
+        target = load_target(
+            Path(options.checkpoint), options.config, image_size=options.image_size, heads=options.heads
+        )
         evaluate(options, target)
     except DecodeError:  # of this process's images
         raise
@@ -48,8 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     """All options."""
     parser = argparse.ArgumentParser(prog="python -m ijepa_ds evaluate", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a run folder, one of its checkpoints, or a .safetensors")
-    add("--config", help="the configuration, where --checkpoint is a .safetensors")
+    add("--checkpoint", required=True, help="a run folder, a checkpoint, .safetensors, .pth.tar, transformers folder")
+    add("--config", help="the configuration of a file, where its tensors do not tell enough")
+    add("--heads", type=int, help="attention heads of a file, where nothing tells them")
     add("--task", nargs="+", choices=list(TASKS), default=list(DEFAULT_TASKS), help="default: logistic knn")
     add("--train", help="labelled .beton to fit the probes on (default: the config's data.train)")
     add("--validation", help="labelled .beton to measure on (default: the config's data.validation)")
@@ -135,10 +138,7 @@ def evaluate(options: argparse.Namespace, target: Target) -> Results | None:
         crop_share=options.crop_share,
         say=say,
     )
-    say(
-        f"measuring the {target.encoder.upper()} encoder of {target.source}; tasks: {', '.join(options.task)}; "
-        f"labels: {', '.join(data.fields)}"
-    )
+    say(f"measuring {target.say()}; tasks: {', '.join(options.task)}; labels: {', '.join(data.fields)}")
     measured = []
     for encoder in encoders_to_measure(target, process, random_seeds=options.random_seeds):
         measurements = [one for task in options.task for one in TASKS[task](setting, encoder)]

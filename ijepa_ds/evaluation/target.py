@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ijepa_ds.build import build_encoder
-from ijepa_ds.checkpoint import checkpoint_step, list_checkpoints
-from ijepa_ds.config import Config, load_config
+from ijepa_ds.build import build_encoder, encoder_dimensions
+from ijepa_ds.checkpoint import checkpoint_step
+from ijepa_ds.config import Config, load_config, parse_config
 from ijepa_ds.errors import UserError
 from ijepa_ds.exchange import target_encoder_weights
+from ijepa_ds.foreign import read_encoder
+from ijepa_ds.inferred_config import infer_config
 from ijepa_ds.positions import sine_cosine_positions
-from ijepa_ds.run_folder import read_run_config
+from ijepa_ds.run_folder import find_checkpoint, read_run_config
 
 POSITIONS = "pos_embed"
 
@@ -34,50 +34,64 @@ class Target:
     path: Path  # the file or folder that was read
     folder: Path  # where results belong
     step: int = 0
-    encoder: str = "target"
+    encoder: str = "target"  # or "context" or "unknown", of a file of others
+
+    def say(self) -> str:
+        """Which encoder of what."""
+        named = (
+            "an encoder that does not say which it is"
+            if self.encoder == "unknown"
+            else f"the {self.encoder.upper()} encoder"
+        )
+        return f"{named} of {self.source}"
 
 
-def load_target(path: Path, config_path: str | None = None, *, image_size: int | None = None) -> Target:
-    """Find the target encoder behind ``--checkpoint``: a run folder (newest checkpoint), a checkpoint, or a file.
+def load_target(
+    path: Path, config_path: str | None = None, *, image_size: int | None = None, heads: int | None = None
+) -> Target:
+    """Find the encoder behind ``--checkpoint``: a run folder (newest checkpoint), a checkpoint, or a file of others.
 
-    ``image_size``: evaluate at another size than it was built for; positions are computed anew for the other grid.
+    Of what holds several encoders the target encoder is taken. A file needs no configuration where its tensors tell all
+    sizes.
+
+    Args:
+        path: what to read; see :func:`ijepa_ds.foreign.read_encoder` for the formats of others.
+        config_path: a configuration, for a file.
+        image_size: evaluate at another size than it was built for; positions are computed anew for the other grid.
+        heads: number of attention heads, where nothing tells it.
 
     Raises:
         UserError: nothing there, damaged, or of another architecture (with all tensors that differ).
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run folder, such as runs/scenes_tiny")
-    target = _from_file(path, config_path) if path.is_file() else _from_run(path)
+    others = path.is_file() or (path / "model.safetensors").is_file()
+    target = _from_others(path, config_path, heads) if others else _from_run(path)
     config = _resized(target.config, image_size) if image_size is not None else target.config
-    width = target.weights["norm.weight"].shape[0] if "norm.weight" in target.weights else 0
-    weights = dict(target.weights)
-    if width and width % 4 == 0:
-        weights[POSITIONS] = sine_cosine_positions(width, config.grid)[None]  # fixed, so they need not be read
-    target = dataclasses.replace(target, config=config, weights=weights)
+    # Positions are fixed, so they need not be read.
+    positions = sine_cosine_positions(target.weights["norm.weight"].shape[0], config.grid)[None]
+    weights = {**target.weights, POSITIONS: positions}
     check_fits(weights, config, path)
-    return target
+    return dataclasses.replace(target, config=config, weights=weights)
 
 
-def _from_file(path: Path, config_path: str | None) -> Target:
-    if config_path is None:
-        raise UserError(f"{path} is a file of weights: name its configuration with --config FILE.json")
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error})") from error
-    return Target(load_config(config_path), weights, str(path), path, path.parent / "evaluation")
+def _from_others(path: Path, config_path: str | None, heads: int | None) -> Target:
+    config = None if config_path is None else load_config(config_path)
+    if config is not None and path.is_file():  # a transformers folder tells its own
+        heads = encoder_dimensions(config).heads if heads is None else heads
+    found = read_encoder(path, heads=heads)
+    if config is None:
+        raw, _ = infer_config(found)
+        raw["ijepa"]["run"] = {"name": path.name}
+        config = parse_config(raw, source=f"the configuration inferred from {path}")
+    folder = (path.parent if path.is_file() else path) / "evaluation"
+    return Target(config, found.weights, found.source, path, folder, encoder=found.role)
 
 
 def _from_run(path: Path) -> Target:
-    run = path.resolve().parent.parent if (path / "state.json").exists() else path
-    config = read_run_config(run)
-    checkpoint = path
-    if run == path:
-        found = list_checkpoints(run / "checkpoints")
-        if not found:
-            raise UserError(f"{run} has no checkpoint yet; train first: deepspeed run.py --config FILE.json")
-        checkpoint = found[-1]
-    weights, step = target_encoder_weights(checkpoint, config.grid), checkpoint_step(checkpoint)
+    run, checkpoint = find_checkpoint(path)
+    config, step = read_run_config(run), checkpoint_step(checkpoint)
+    weights = target_encoder_weights(checkpoint, config.grid)
     return Target(config, weights, f"{run} at step {step}", checkpoint, run / "evaluation", step)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -10,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from distributed_runs import (
@@ -108,6 +110,34 @@ def test_a_file_of_weights_gives_the_same_numbers() -> None:
     assert code == 0, output
     of_the_run = scores_of(trained().folder / "evaluation" / "results.json")
     assert scores_of(out / "evaluation" / "results.json") == of_the_run
+
+
+def test_files_of_others_say_which_encoder_they_hold() -> None:
+    released = {"target_encoder": released_names(), "encoder": released_names()}
+    torch.save(released, FOLDER / "released.pth.tar")
+    data = ("--train", train_beton(), "--validation", validation_beton(), "--random-seeds", 1, "--task", "knn")
+    code, output = evaluate(
+        "--checkpoint", FOLDER / "released.pth.tar", "--heads", 2, *data, "--out", FOLDER / "others"
+    )
+    assert code == 0, output
+    assert f"measuring the TARGET encoder of {FOLDER / 'released.pth.tar'}, target_encoder" in output
+    results = read_results(FOLDER / "others" / "results.json")
+    assert results.encoder == "target" and results.config["ijepa"]["model"]["width"] == 32
+    assert results.checkpoint_sha256 == hashlib.sha256((FOLDER / "released.pth.tar").read_bytes()).hexdigest()
+    # timm's names, and nothing that says which of the two it is.
+    torch.save(load_file(exported_weights()), FOLDER / "timm.pth")
+    code, output = evaluate("--checkpoint", FOLDER / "timm.pth", *data, FOLDER / "timm")
+    assert code == 0 and "measuring an encoder that does not say which it is of " in output, output
+    assert read_results(FOLDER / "timm" / "results.json").encoder == "unknown"
+
+
+def exported_weights() -> Path:
+    test_a_file_of_weights_gives_the_same_numbers_once()
+    return FOLDER / "probe_of_a_file" / "target_encoder.safetensors"
+
+
+def released_names() -> dict[str, torch.Tensor]:
+    return {f"module.{name}": tensor for name, tensor in load_file(exported_weights()).items()}
 
 
 GRIDS = ("--task", "linear", "depth", "transfer", "--preset", "cifar100", "--epochs", 3, "--random-seeds", 1)
@@ -228,7 +258,6 @@ def refusals() -> dict[str, tuple[list[object], list[str]]]:
     (FOLDER / "no_weights.safetensors").write_bytes(b"nothing")
     wider = write_config(tiny_config(ijepa__model__width=48))
     data = ["--train", train, "--validation", train]
-    broken = ["--checkpoint", nan_weights(), "--config", plain_config()]
     return {
         "no labels": (["--checkpoint", run, "--train", plain_beton(), "--validation", train], ["share no label field"]),
         "no validation": (["--checkpoint", run], ["nothing to measure on", "--validation"]),
@@ -241,14 +270,14 @@ def refusals() -> dict[str, tuple[list[object], list[str]]]:
             ["--checkpoint", run, "--train", "/no.beton", "--validation", train],
             ["/no.beton does not exist"],
         ),
-        "weights without config": (["--checkpoint", weights, *data], ["--config FILE.json"]),
+        "weights without config": (["--checkpoint", weights, *data], ["a width of 32", "--config"]),
         "weights of another size": (
             ["--checkpoint", weights, "--config", wider, *data],
             ["does not fit", "29 tensors differ", "patch_embed.proj.weight (32, 3, 4, 4) there, (48, 3, 4, 4)", "of 2"],
         ),
         "no weights": (
             ["--checkpoint", FOLDER / "no_weights.safetensors", "--config", wider, *data],
-            ["not a readable safetensors file"],
+            ["no_weights.safetensors cannot be read"],
         ),
         "no seed": (["--checkpoint", run, *data, "--random-seeds", 0], ["--random-seeds = 0 must be at least 1"]),
         "no preset": (["--checkpoint", run, *data, "--task", "transfer"], ["--preset", "cifar100"]),
@@ -270,12 +299,12 @@ def refusals() -> dict[str, tuple[list[object], list[str]]]:
             ["--checkpoint", run, "--train", train, "--validation", train, "--train-images", 3, "--label", "label"],
             ["of which no training image is used: "],
         ),
-        "broken weights": (
-            [*broken, *data],
+        "broken run": (
+            ["--checkpoint", nan_run(), *data],
             ["hold NaN or infinity"],
         ),
-        "broken weights, augmented": (
-            [*broken, *data, "--task", "linear", "--epochs", 1],
+        "broken run, augmented": (
+            ["--checkpoint", nan_run(), *data, "--task", "linear", "--epochs", 1],
             ["hold NaN or infinity"],
         ),
         "no images": (["--checkpoint", run, *data, "--train-images", 0], ["--train-images"]),
@@ -291,22 +320,20 @@ def named_classes(split: str, names: str) -> Path:
 
 
 @once
-def nan_weights() -> Path:
-    weights = load_file(FOLDER / "probe_of_a_file" / "target_encoder.safetensors")
-    weights["norm.weight"][3] = float("nan")
-    path = FOLDER / "nan.safetensors"
-    save_file(weights, path)
-    return path
-
-
-@once
-def plain_config() -> Path:
-    return write_config(tiny_config())
+def nan_run() -> Path:
+    folder = FOLDER / "probe_nan"
+    shutil.copytree(trained().folder, folder)
+    (file,) = folder.glob("checkpoints/step_000000002/rank_*.pt")
+    content = torch.load(file, weights_only=True)
+    for _, values in content["target"].values():
+        values[0] = float("nan")
+    torch.save(content, file)
+    return folder
 
 
 CASES = """no labels; no validation; missing run; no run; no checkpoint; config garbage; config empty; missing data;
 weights without config; weights of another size; no weights; no seed; no images; no preset; no such label; no count;
-not a size; other classes; a class only in validation; broken weights; broken weights, augmented"""
+not a size; other classes; a class only in validation; broken run; broken run, augmented"""
 
 
 @pytest.mark.parametrize("case", re.split(r";\s", CASES))
