@@ -116,9 +116,8 @@ def test_files_of_others_say_which_encoder_they_hold() -> None:
     released = {"target_encoder": released_names(), "encoder": released_names()}
     torch.save(released, FOLDER / "released.pth.tar")
     data = ("--train", train_beton(), "--validation", validation_beton(), "--random-seeds", 1, "--task", "knn")
-    code, output = evaluate(
-        "--checkpoint", FOLDER / "released.pth.tar", "--heads", 2, *data, "--out", FOLDER / "others"
-    )
+    data = (*data, "--heads", 2, "--out")
+    code, output = evaluate("--checkpoint", FOLDER / "released.pth.tar", *data, FOLDER / "others")
     assert code == 0, output
     assert f"measuring the TARGET encoder of {FOLDER / 'released.pth.tar'}, target_encoder" in output
     results = read_results(FOLDER / "others" / "results.json")
