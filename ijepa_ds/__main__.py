@@ -7,7 +7,7 @@ from ijepa_ds.errors import UserError, run_command
 COMMANDS = {
     "compare": ("ijepa_ds.evaluation.compare", "evaluations side by side, with the paper's numbers"),
     "demo": ("ijepa_ds.demo", "the whole job on built-in images: make, convert, pretrain, evaluate, export"),
-    "evaluate": ("ijepa_ds.evaluation.probe", "probe a run's target encoder beside a random one"),
+    "evaluate": ("ijepa_ds.evaluation.command", "measure a run's target encoder beside a random one"),
     "masks": ("ijepa_ds.mask_statistics", "what the mask samplers draw: statistics and a picture"),
     "replay": ("ijepa_ds.replay", "replay a recorded run of another implementation and compare"),
     "export": ("ijepa_ds.exchange", "write a run's encoder for timm, transformers or the released code's tools"),

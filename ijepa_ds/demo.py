@@ -7,9 +7,9 @@ it. What an earlier call finished is used again.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ijepa_ds.config import load_config
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.probe import Score, margins
+from ijepa_ds.evaluation.results import best_of, margin, random_values, read_results
 from ijepa_ds.monitor import duration
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,25 +77,17 @@ def _call(name: str, command: list[str]) -> None:
 
 
 def _summarise(run: Path, results: Path, seconds: float) -> None:
-    saved = json.loads(results.read_text())
-    scores = [Score(**score) for score in saved["scores"]]
     print(f"\n== reached in {duration(seconds)} (linear probe of the pooled features; the table above has more)")
     reached = True
-    for label in sorted({score.label for score in scores}):
-        best = {
-            encoder: max(
-                score.linear
-                for score in scores
-                if (score.encoder, score.label) == (encoder, label) and score.features in ("last", "pixels")
-            )
-            for encoder in ("trained", "random", "pixels")
-        }
-        points, deviations = margins(scores, label)
+    tasks = [task for task in read_results(results).tasks if task.task == "logistic"]
+    for task in sorted(tasks, key=lambda task: task.label):
+        trained, random = best_of(task.grid, "last")["value"], random_values(task, "last")
+        points, deviations = margin(trained, random)
         reached = reached and deviations > 3
         print(
-            f"{label}: trained {best['trained']:.1f} %, best random encoder {best['random']:.1f} %, raw pixels "
-            f"{best['pixels']:.1f} %; {points:+.1f} points over the random encoders' mean = {deviations:+.1f} of their "
-            "standard deviations"
+            f"{task.label}: trained {trained:.1f} %, random encoders {statistics.mean(random):.1f} ± "
+            f"{statistics.stdev(random):.1f} %, raw pixels {task.baselines['pixels']['values'][0]:.1f} %; "
+            f"{points:+.1f} points over the random encoders' mean = {deviations:+.1f} of their standard deviations"
         )
     if not reached:
         print("The trained encoder did NOT beat the random one by three standard deviations on every label.")

@@ -133,6 +133,8 @@ class VisionTransformer(TimmVisionTransformer):
         """images [B, 3, H, W] -> features after the final norm [B, N, D], of the patches ``indices`` [B, K] alone if
         given: positions are added before the selection. With ``blocks_out`` n > 1: the final norm of each of the last n
         blocks' outputs, in order, as a list."""
+        if not 1 <= blocks_out <= len(self.blocks):
+            raise ValueError(f"blocks_out = {blocks_out} must be from 1 to the encoder's {len(self.blocks)} blocks")
         tokens = self.patch_embed(images) + self.pos_embed  # [B, N, D]
         if indices is not None:
             tokens = select_tokens(tokens, indices)  # [B, K, D]

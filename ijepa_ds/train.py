@@ -27,7 +27,7 @@ from ijepa_ds.engine import (
     working_dtype,
 )
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.online import OnlineKNN
+from ijepa_ds.evaluation.online import OnlineProbe
 from ijepa_ds.exchange import export_timm
 from ijepa_ds.health import health
 from ijepa_ds.ijepa import normalize_images
@@ -100,7 +100,7 @@ class Run:
         self.total_steps = max(1, round(config.ijepa.optimization.epochs * loader.steps_per_epoch))
         self.last_step = min(self.total_steps, config.ijepa.run.stop_after_steps or self.total_steps)
         self.meter = Meter(images_per_step=config.global_batch)
-        self.knn = OnlineKNN(config, process)
+        self.probe = OnlineProbe(config, process, say=lambda line: self.monitor.say(line))
         self.stop = StopRequest()
         data, dtype = config.ijepa.data, working_dtype(config)
         self._normalization = {"mean": _row(data.mean, process), "std": _row(data.std, process), "dtype": dtype}
@@ -155,8 +155,8 @@ class Run:
                 self._log_health(step)
             if _due(step, monitor.picture_steps, last) or (monitor.picture_steps and step == 1):
                 self._draw(step)
-            if self.knn.due(step, self.loader.steps_per_epoch, last):
-                self.monitor.scalars(step, self.knn.accuracy(self.target_encoder, self.to_input))
+            if self.probe.due(step, self.loader.steps_per_epoch, last):
+                self.monitor.scalars(step, self.probe.accuracy(self.target_encoder, self.to_input))
             stop, save = on_any_rank([self.stop.requested is not None, self._checkpoint_due(step)], self.process)
             if (save or stop) and not last:
                 self._save(step)

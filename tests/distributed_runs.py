@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 NUM_IMAGES = 67  # 4 steps of 16 images an epoch, three images left over
 GLOBAL_BATCH = 16
-_PRELOADED = ["torch", "ijepa_ds.train", "ijepa_ds.evaluation.probe", "torch.utils.tensorboard"]
+_PRELOADED = ["torch", "ijepa_ds.train", "ijepa_ds.evaluation.command", "torch.utils.tensorboard"]
 
 if "IJEPA_DS_TESTS" in os.environ:  # in one of the processes started here
     FOLDER = Path(os.environ["IJEPA_DS_TESTS"])

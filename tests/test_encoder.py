@@ -90,6 +90,9 @@ def test_features_of_the_last_blocks_are_timms_intermediates(encoder, timms, ima
         for mine, its in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, its)
         torch.testing.assert_close(ours[-1], encoder(images))
+    for blocks_out in (0, len(encoder.blocks) + 1):
+        with pytest.raises(ValueError, match="from 1 to the encoder's"):
+            encoder(images, blocks_out=blocks_out)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from ijepa_ds.checkpoint import checkpoint_step, list_checkpoints, read_weights
 from ijepa_ds.config import load_config
 from ijepa_ds.encoder import Dimensions
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.probe import load_target
+from ijepa_ds.evaluation.target import load_target
 from ijepa_ds.exchange import main as export
 from ijepa_ds.importer import main
 from ijepa_ds.run_folder import read_run_record
@@ -63,7 +63,7 @@ def test_the_checkpoint_holds_all_weights_and_no_moments(capsys) -> None:
     written, images = read_run_record(run)
     assert images is None and load_config(run / "recipe.json") == written == load_config(path)
     assert config["ijepa"]["run"]["name"] == written.ijepa.run.name
-    _, weights, _ = load_target(run, None)
+    weights = load_target(run).weights
     assert_same_tensors({n: t for n, t in weights.items() if n != "pos_embed"}, our_names("target_encoder"))
     with pytest.raises(UserError, match="holds checkpoints already and is not overwritten"):
         main([str(released_file()), "--out", str(run), "--config", str(path)])

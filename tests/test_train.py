@@ -42,6 +42,7 @@ SCALARS = {
     "mean_cosine": "health/mean_cosine",
     "token_variance": "health/token_variance",
     "knn/label": "knn/label",
+    "linear/label": "linear/label",
 }
 EVERYTHING = {
     "ijepa__monitor": {"log_steps": 1, "health_steps": 4, "picture_steps": 4, "knn_epochs": 1},
@@ -108,7 +109,9 @@ def test_metrics(run) -> None:
     for row in rows[1:]:
         assert row["images_per_second"] > 0 and 0 <= row["loader_wait"] <= 1
     assert [row["step"] for row in rows if "rankme" in row] == [4, 8]
-    assert [row["step"] for row in rows if "knn/label" in row] == [1, 4, 8]
+    for probe in ("knn/label", "linear/label"):
+        assert [row["step"] for row in rows if probe in row] == [1, 4, 8]
+    assert rows[7]["linear/label"] > 50  # the classes are colours
     assert rows[3]["epoch"] == 1.0 and rows[7]["epoch"] == 2.0
     assert rows[0]["momentum"] == 0.9 and rows[0]["lr"] == pytest.approx((2e-4 + 1e-3) / 2)
     assert rows[7]["lr"] == pytest.approx(1e-6) and rows[7]["weight_decay"] == pytest.approx(0.4)
@@ -142,7 +145,9 @@ def test_what_is_switched_off_is_off() -> None:
     folder = bare_run(1).folder
     assert not list((folder / "pictures").iterdir())
     assert not any(
-        key.startswith("knn") or key in ("rankme", "token_variance") for row in bare_run(1).rows for key in row
+        key.startswith(("knn", "linear")) or key in ("rankme", "token_variance")
+        for row in bare_run(1).rows
+        for key in row
     )
     assert bare_run(1).checkpoints == ["step_000000008"]
 
@@ -291,7 +296,7 @@ def test_data_without_labels_trains_without_nearest_neighbours() -> None:
     config["ijepa"]["monitor"]["knn_epochs"] = 1
     run = run_training(config, 1)
     assert run.exit_codes == [0], run.output
-    assert "knn/label" not in run.rows[0]
+    assert not {"knn/label", "linear/label"} & run.rows[0].keys()
 
 
 def test_a_run_of_less_than_a_step_takes_one() -> None:

@@ -5,7 +5,7 @@ Shapes: n images, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ijepa_ds.distributed import Process, gather_rows
-from ijepa_ds.loader import EvaluationLoader
+from ijepa_ds.labelled_loader import EvaluationLoader
+
+BATCHES_WAITING = 64  # results left on the device
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,38 @@ def extract_features(
     forward: Callable[[Tensor], Tensor], loader: EvaluationLoader, samples: np.ndarray, process: Process
 ) -> Features:
     """``forward`` maps uint8 images [B, H, W, 3] on the device to [B, D]. The ranks share the work; all get all."""
-    values, labels = [], {name: [] for name in loader.label_fields}
-    for images, found in loader.batches(samples[process.rank :: process.world_size]):
-        values.append(forward(images.to(process.device)).float().cpu())
+    values: list[Tensor] = []
+    waiting: list[Tensor] = []
+    labels: dict[str, list[Tensor]] = {name: [] for name in loader.label_fields}
+    batches = loader.batches(samples[process.rank :: process.world_size])
+    for images, found in on_device(batches, process.device):
+        waiting.append(forward(images).float())
+        if len(waiting) == BATCHES_WAITING:  # reading a result makes the device wait for the host: seldom
+            values, waiting = [*values, torch.cat(waiting).cpu()], []
         for name, label in found.items():
             labels[name].append(label)
+    values += [part.cpu() for part in waiting]
     rows = gather_rows(torch.cat(values), process)
     return Features(rows, {name: gather_rows(torch.cat(parts), process) for name, parts in labels.items()})
+
+
+def on_device(
+    batches: Iterator[tuple[Tensor, dict[str, Tensor]]], device: torch.device
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """The batches with their images on ``device``; on a GPU each is copied by a stream of its own, while the one before
+    is used."""
+    if device.type != "cuda":
+        yield from ((images.to(device), labels) for images, labels in batches)
+        return
+    copies, ahead = torch.cuda.Stream(device), None
+    for images, labels in batches:
+        with torch.cuda.stream(copies):
+            copied = images.to(device, non_blocking=True)
+        done = copies.record_event()
+        if ahead is not None:
+            yield ahead
+        done.synchronize()  # before the loader may write over the buffer that was copied
+        copied.record_stream(torch.cuda.current_stream(device))
+        ahead = copied, labels
+    if ahead is not None:
+        yield ahead

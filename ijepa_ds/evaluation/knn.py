@@ -73,6 +73,13 @@ def knn_accuracy(
     return {k: 100.0 * correct[k] / len(labels) for k in used_ks}
 
 
+@torch.no_grad()
+def nearest_neighbours(bank: Tensor, queries: Tensor, *, k: int) -> Tensor:
+    """Rows of ``bank`` [n, D] nearest to each of ``queries`` [q, D] by cosine, nearest first: int64 [q, k]."""
+    cosine = F.normalize(queries.float(), dim=1) @ F.normalize(bank.float(), dim=1).T
+    return cosine.topk(min(k, len(bank)), dim=1).indices
+
+
 def _clip(ks: Iterable[int], *, bank_size: int, say: Callable[[str], None]) -> list[int]:
     """The numbers of neighbours that a bank of ``bank_size`` rows can give, ascending, without repeats."""
     asked = sorted(set(ks))

@@ -8,7 +8,7 @@ import torch
 
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation import knn
-from ijepa_ds.evaluation.knn import knn_accuracy
+from ijepa_ds.evaluation.knn import knn_accuracy, nearest_neighbours
 
 
 def clusters(
@@ -34,6 +34,15 @@ def test_agrees_with_scikit_learn():
         reference = neighbors.KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights)
         reference.fit(bank.numpy(), bank_labels.numpy())
         assert accuracy == pytest.approx(100 * reference.score(queries.numpy(), labels.numpy()), abs=0.51)
+
+
+def test_neighbours_are_scikit_learns():
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    (bank, _), (queries, _) = clusters(300, seed=1), clusters(20, seed=2)
+    reference = neighbors.NearestNeighbors(n_neighbors=7, metric="cosine", algorithm="brute").fit(bank.numpy())
+    expected = torch.from_numpy(reference.kneighbors(queries.numpy(), return_distance=False))
+    assert torch.equal(nearest_neighbours(bank, queries, k=7), expected)
+    assert nearest_neighbours(bank[:4], queries, k=7).shape == (20, 4)
 
 
 def test_chunks_and_length_and_dtype_do_not_change_the_answer(monkeypatch):

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.linear import bin_edges, linear_probe, ridge_regression, stratified_split, to_bins
+from ijepa_ds.evaluation.linear import (
+    bin_edges,
+    least_squares_accuracy,
+    linear_probe,
+    ridge_regression,
+    stratified_split,
+    to_bins,
+)
 
 Split = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -139,6 +146,17 @@ def test_ridge_with_more_features_than_images_and_a_constant_val():
     features = torch.randn(20, 50)
     fit = ridge_regression(features, torch.arange(20), features[:3], torch.full((3,), 4), seed=0)
     assert math.isfinite(fit.mean_absolute_error) and math.isnan(fit.r2)
+
+
+def test_the_classifier_in_one_shot_agrees_with_scikit_learn(classes):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    train, train_labels, val, val_labels = classes
+    scaler = preprocessing.StandardScaler().fit(train.double().numpy())
+    reference = linear_model.RidgeClassifier(alpha=1e-3 * len(train))
+    reference.fit(scaler.transform(train.double().numpy()), train_labels.numpy())
+    theirs = 100 * reference.score(scaler.transform(val.double().numpy()), val_labels.numpy())
+    assert least_squares_accuracy(*classes) == pytest.approx(theirs, abs=0.3) and theirs > 40
 
 
 def test_bins_are_about_equal_and_defined_by_train():

@@ -1,0 +1,191 @@
+"""What the evaluation costs over what it cannot do without.
+
+    python benchmarks/evaluation.py                                    # a small encoder, a CPU, under two minutes
+    python benchmarks/evaluation.py --encoder huge --patch-size 14 --image-size 224 --images 8192 --batch 2048 \
+        --classes 1000 --train data/imagenet/val.beton                 # a GPU
+
+extraction: images/s of feature extraction (reading, decoding, copying, the forward pass, results on the CPU), as a
+share of the bare forward pass's images/s on one batch that lies on the device.
+grid: seconds of an epoch of the augmented linear protocol with its 48 heads, over those of one with a single head.
+
+Both sides of a ratio are measured in turns, medians are given. On a CPU the reading takes cores from the forward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ijepa_ds.build import build_encoder  # noqa: E402
+from ijepa_ds.config import parse_config  # noqa: E402
+from ijepa_ds.dataset import inspect_dataset  # noqa: E402
+from ijepa_ds.distributed import Process, share_cpu_threads  # noqa: E402
+from ijepa_ds.evaluation.encoders import Encoder, pooled_features  # noqa: E402
+from ijepa_ds.evaluation.features import extract_features  # noqa: E402
+from ijepa_ds.evaluation.head_training import AugmentedFeatures  # noqa: E402
+from ijepa_ds.evaluation.heads import HeadGrid, steps_per_epoch  # noqa: E402
+from ijepa_ds.evaluation.recipes import LINEAR  # noqa: E402
+from ijepa_ds.labelled_loader import AugmentedLoader, EvaluationLoader  # noqa: E402
+from ijepa_ds.random_streams import permutation  # noqa: E402
+from ijepa_ds.run_folder import git_commit, versions  # noqa: E402
+
+
+def main() -> None:
+    """Measure both ratios and print them as JSON."""
+    options = parse()
+    share_cpu_threads()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    process = Process(0, 1, device)
+    encoder = make_encoder(options, device)
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = inspect_dataset(options.train or make_images(Path(folder), options))
+        samples = np.arange(min(options.images, dataset.num_samples))
+        shared = {
+            "image_size": (options.image_size, options.image_size),
+            "batch_size": options.micro_batch,
+            "num_workers": options.workers,
+        }
+        loader = EvaluationLoader(dataset, crop_share=0.875, label_fields=(), **shared)
+        bare, extraction = in_turns(
+            options.repeats,
+            lambda: bare_forward(encoder, options, len(samples), device),
+            lambda: extract_features(encoder.forward, loader, samples, process),
+        )
+        augmented = AugmentedFeatures(encoder, AugmentedLoader(dataset, seed=0, **shared), samples, device)
+        one, all_heads = in_turns(
+            options.repeats,
+            lambda: epoch(augmented, encoder, options, process, num_heads=1),
+            lambda: epoch(augmented, encoder, options, process, num_heads=48),
+        )
+    result = {
+        "extraction": {
+            "bare_forward_images_per_second": round(len(samples) / bare, 1),
+            "extraction_images_per_second": round(len(samples) / extraction, 1),
+            "ratio": round(bare / extraction, 3),
+            "wanted": ">= 0.9",
+        },
+        "grid": {
+            "epoch_seconds_with_1_head": round(one, 3),
+            "epoch_seconds_with_48_heads": round(all_heads, 3),
+            "ratio": round(all_heads / one, 3),
+            "wanted": "< 1.3",
+        },
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "commit": git_commit(),
+        "options": vars(options),
+        "versions": versions(),
+    }
+    print(json.dumps(result, indent=1))
+
+
+def parse() -> argparse.Namespace:
+    """The sizes of what is measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", default="tiny", help="tiny to giant")
+    parser.add_argument("--patch-size", type=int, default=16)
+    parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--micro-batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=256, help="of the heads")
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--workers", type=int, default=max(1, len(os.sched_getaffinity(0)) - 1))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--train", help="a .beton to read (default: noise, made for the occasion)")
+    return parser.parse_args()
+
+
+def make_encoder(options: argparse.Namespace, device: torch.device) -> Encoder:
+    """A bf16 encoder of random weights: its cost does not depend on them."""
+    config = parse_config(
+        {
+            "train_batch_size": 1,
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": True},
+            "ijepa": {
+                "run": {"name": "benchmark"},
+                "data": {"train": "none", "image_size": options.image_size},
+                "model": {"encoder": options.encoder, "patch_size": options.patch_size},
+            },
+        }
+    )
+    module = build_encoder(config).to(device, torch.bfloat16).eval().requires_grad_(False)
+    width = module.embed_dim
+    views = {"last": slice(-width, None), "last4": slice(None)}
+    return Encoder("random", 0, 4 * width, views, pooled_features(module, config), module)
+
+
+def make_images(folder: Path, options: argparse.Namespace) -> str:
+    """A .beton of JPEGs a little larger than the encoder's input, by the project's converter."""
+    from PIL import Image
+
+    draw, side = np.random.default_rng(0), round(options.image_size / 0.875)
+    (folder / "images" / "one").mkdir(parents=True)
+    for index in range(options.images):
+        coarse = Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((side, side)).save(folder / "images" / "one" / f"{index:06d}.jpg", quality=90)
+    beton = folder / "noise.beton"
+    command = [sys.executable, "data_prep/to_ffcv.py", str(folder / "images"), str(beton)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+    return str(beton)
+
+
+def in_turns(repeats: int, *sides) -> list[float]:
+    """Median seconds of each side; the first round is not counted."""
+    seconds: list[list[float]] = [[] for _ in sides]
+    for turn in range(repeats + 1):
+        for measured, side in zip(seconds, sides, strict=True):
+            began = time.perf_counter()
+            side()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                measured.append(time.perf_counter() - began)
+    return [statistics.median(measured) for measured in seconds]
+
+
+@torch.no_grad()
+def bare_forward(encoder: Encoder, options: argparse.Namespace, num_images: int, device: torch.device) -> None:
+    """The transformer alone, on a batch that is there."""
+    size = options.image_size
+    images = torch.zeros(options.micro_batch, 3, size, size, device=device, dtype=torch.bfloat16)
+    for start in range(0, num_images, options.micro_batch):
+        encoder.module(images[: num_images - start])
+
+
+def epoch(
+    augmented: AugmentedFeatures, encoder: Encoder, options: argparse.Namespace, process: Process, *, num_heads: int
+) -> None:
+    """One epoch of the linear protocol with the first ``num_heads`` heads of its grid."""
+    recipe = dataclasses.replace(LINEAR, batch=options.batch, lrs=LINEAR.lrs if num_heads > 1 else (0.05,))
+    # At a batch of 256 the protocol's two readings of a rate are one: here they are always two.
+    heads = [
+        dataclasses.replace(head, lr=head.lr * factor)
+        for factor in (1, 2)
+        for head in dataclasses.replace(recipe, lr_scales=("as given",)).heads(("last", "last4"))
+    ][:num_heads]
+    assert len(heads) == num_heads
+    grid = HeadGrid(heads, encoder.views, encoder.width, options.classes, optimizer="lars", process=process, seed=0)
+    steps = steps_per_epoch(len(augmented.samples), options.batch)
+    order = permutation(0, 0, len(augmented.samples))[: steps * options.batch].reshape(steps, -1)
+    for rows, positions in zip(augmented.epoch(0, order), order, strict=True):
+        labels = torch.from_numpy(positions % options.classes).to(process.device)
+        grid.step(rows, labels, total=len(rows), lr_factor=1.0)
+
+
+if __name__ == "__main__":
+    main()

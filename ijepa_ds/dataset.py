@@ -1,0 +1,67 @@
+"""What a .beton holds, read from its header and metadata, without decoding an image."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from ffcv.fields import FloatField, IntField, RGBImageField
+from ffcv.reader import Reader
+
+from ijepa_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a .beton holds, read from its header."""
+
+    path: str
+    num_samples: int
+    label_fields: tuple[str, ...]
+
+
+def inspect_dataset(path: str | os.PathLike) -> Dataset:
+    """Read the header of a .beton and refuse one that is missing, truncated or of other fields (:class:`UserError`)."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; make it with: python data_prep/to_ffcv.py SOURCE {path}")
+    cure = f"convert it again: python data_prep/to_ffcv.py SOURCE {path}"
+    try:
+        reader = Reader(str(path))
+        table = reader.alloc_table
+    except (OSError, ValueError, LookupError, AssertionError, TypeError, MemoryError, OverflowError) as error:
+        raise UserError(f"{path} is not a complete .beton ({type(error).__name__}: {error}); {cure}") from error
+    end = int((table["ptr"] + table["size"]).max()) if len(table) else 0
+    if reader.num_samples == 0 or len(reader.metadata) < reader.num_samples or end == 0:
+        raise UserError(f"{path} holds no complete samples; {cure}")
+    table_start = int(reader.header["alloc_table_ptr"])
+    image_fields = [name for name, field in reader.handlers.items() if isinstance(field, RGBImageField)]
+    if image_fields != ["image"]:
+        fields = ", ".join(f"{name} ({type(field).__name__})" for name, field in reader.handlers.items())
+        raise UserError(f"{path} must have one image field named 'image', but has: {fields}; {cure}")
+    pointers = reader.metadata[f"f{list(reader.handlers).index('image')}"]["data_ptr"]
+    if end > table_start or not np.isin(pointers, table["ptr"]).all():
+        raise UserError(f"{path} is truncated or damaged: images lie outside of its data region; {cure}")
+    labels = tuple(name for name, field in reader.handlers.items() if isinstance(field, (IntField, FloatField)))
+    return Dataset(str(path), int(reader.num_samples), labels)
+
+
+def read_labels(dataset: Dataset, field: str) -> np.ndarray:
+    """All labels of a field, [num_samples], straight from the file's metadata."""
+    reader = Reader(dataset.path)
+    return np.array(reader.metadata[f"f{list(reader.handlers).index(field)}"]).reshape(-1)
+
+
+def integer_label_fields(dataset: Dataset) -> tuple[str, ...]:
+    """The label fields that hold classes."""
+    fields = Reader(dataset.path).handlers
+    return tuple(name for name in dataset.label_fields if isinstance(fields[name], IntField))
+
+
+def image_sizes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Heights and widths of all images as they are stored, each [num_samples], pixels."""
+    reader = Reader(dataset.path)
+    images = reader.metadata[f"f{list(reader.handlers).index('image')}"]
+    return np.array(images["height"]), np.array(images["width"])

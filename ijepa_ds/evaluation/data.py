@@ -1,0 +1,165 @@
+"""The labelled images of an evaluation: two .beton files, which of their samples are used, and features of them.
+
+Shapes: n images, F features.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ijepa_ds.dataset import image_sizes, inspect_dataset, integer_label_fields, read_labels
+from ijepa_ds.distributed import Process
+from ijepa_ds.errors import UserError
+from ijepa_ds.evaluation.encoders import Encoder
+from ijepa_ds.evaluation.features import extract_features, spread_samples
+from ijepa_ds.labelled_loader import EvaluationLoader
+
+SPLITS = ("train", "validation")
+CROP_SHARE = 0.875  # resize 256, centre crop 224
+
+
+class LabelledData:
+    """Train and validation: labels, and features of whichever encoder is measured.
+
+    Args:
+        paths: the two .beton files.
+        limits: use at most so many images of each, evenly spread.
+        image_size: (rows, columns) in pixels that the encoder takes.
+        micro_batch: images of one forward pass.
+        num_workers: decoding threads of this process.
+
+    Raises:
+        UserError: a file is not one, they share no label field, or their classes are not the same.
+    """
+
+    def __init__(
+        self,
+        paths: tuple[str, str],
+        *,
+        limits: tuple[int | None, int | None],
+        image_size: tuple[int, int],
+        micro_batch: int,
+        num_workers: int,
+        process: Process,
+    ):
+        self.paths, self.image_size, self.micro_batch, self.num_workers = paths, image_size, micro_batch, num_workers
+        self.process = process
+        for path in paths:
+            if Path(path).is_dir():
+                raise UserError(
+                    f"{path} is a folder; convert its class folders once: python data_prep/to_ffcv.py {path} "
+                    f"{str(path).rstrip('/')}.beton"
+                )
+        self.datasets = dict(zip(SPLITS, map(inspect_dataset, paths), strict=True))
+        self.samples = {
+            split: spread_samples(self.datasets[split].num_samples, limit)
+            for split, limit in zip(SPLITS, limits, strict=True)
+        }
+        train, validation = self.datasets.values()
+        self.fields = tuple(name for name in train.label_fields if name in validation.label_fields)
+        if not self.fields:
+            raise UserError(
+                f"{paths[0]} and {paths[1]} share no label field; convert labelled images with data_prep/to_ffcv.py"
+            )
+        self.integer_fields = tuple(name for name in integer_label_fields(train) if name in self.fields)
+        self.class_names = _class_names(paths)
+        self._loaders: dict[tuple[str, float], EvaluationLoader] = {}
+        self._features: dict[tuple, Tensor] = {}
+        self._owner: Encoder | None = None
+        self._images, self._seconds = 0, 0.0
+
+    def labels(self, field: str) -> tuple[Tensor, Tensor]:
+        """The raw labels of train [n] and validation [m].
+
+        Raises:
+            UserError: there is no such field.
+        """
+        if field not in self.fields:
+            raise UserError(
+                f"{self.paths[0]} and {self.paths[1]} have no label field '{field}' in common (they have: "
+                f"{', '.join(self.fields)}); choose one of these with --label"
+            )
+        train, validation = (
+            torch.from_numpy(read_labels(self.datasets[split], field)[self.samples[split]].copy()) for split in SPLITS
+        )
+        return train, validation
+
+    def features(self, encoder: Encoder, split: str, *, crop_share: float, mirrored: bool = False) -> Tensor:
+        """Features fp32 [n, F] of the central crops, on the CPU. Kept until another encoder is asked about."""
+        if self._owner is not encoder:
+            self._owner, self._features, self._images, self._seconds = encoder, {}, 0, 0.0
+        key = (split, crop_share, mirrored)
+        if key not in self._features:
+            loader, began = self._loader(split, crop_share), time.monotonic()
+
+            def forward(images: Tensor) -> Tensor:
+                return encoder.forward(images.flip(2) if mirrored else images)
+
+            samples = self.samples[split]
+            self._features[key] = extract_features(forward, loader, samples, self.process).values
+            self._images, self._seconds = self._images + len(samples), self._seconds + time.monotonic() - began
+        return self._features[key]
+
+    def images_per_second(self) -> float | None:
+        """The rate of all extractions for the encoder at hand; None where there was none."""
+        return self._images / self._seconds if self._seconds else None
+
+    def crop_share(self) -> float:
+        """The central crop's side over the shorter side of an image: 0.875, or 1 where images are no larger than the
+        encoder's input, of which a smaller part would only be blown up."""
+        heights, widths = image_sizes(self.datasets["validation"])
+        return CROP_SHARE if np.median(np.minimum(heights, widths)) > max(self.image_size) else 1.0
+
+    def is_clevr(self) -> bool:
+        """Whether these are CLEVR's own images, which are 480 x 320, and not the built-in scenes, which are square."""
+        notes = [_note(path) for path in self.paths]
+        heights, widths = image_sizes(self.datasets["train"])
+        wide = bool(np.all(np.abs(widths / heights - 1.5) < 0.02))
+        return wide and all(str(note.get("kind", "")).startswith("CLEVR") for note in notes)
+
+    def _loader(self, split: str, crop_share: float) -> EvaluationLoader:
+        key = (split, crop_share)
+        if key not in self._loaders:  # compiling one takes seconds
+            self._loaders[key] = EvaluationLoader(
+                self.datasets[split],
+                image_size=self.image_size,
+                batch_size=self.micro_batch,
+                num_workers=self.num_workers,
+                crop_share=crop_share,
+                label_fields=(),
+            )
+        return self._loaders[key]
+
+
+def _note(path: str) -> dict:
+    """What to_ffcv.py wrote beside a .beton; empty where it did not."""
+    try:
+        note = json.loads(Path(f"{path}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def _class_names(paths: tuple[str, str]) -> list[str]:
+    """The names of the classes of ``label``, where both files have them; class k is the k-th."""
+    train, validation = (_note(path).get("class_names") or [] for path in paths)
+    if train and validation and train != validation:
+        only = [sorted(set(one) - set(other)) for one, other in ((train, validation), (validation, train))]
+        named = [f"only {path} has {_some(names)}" for path, names in zip(paths, only, strict=True) if names] or [
+            "their order differs"
+        ]
+        raise UserError(
+            f"the classes of {paths[0]} and {paths[1]} are not the same: {', '.join(named)}; convert folders with the "
+            "same sub-folders"
+        )
+    return train or validation
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

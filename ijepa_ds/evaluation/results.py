@@ -1,0 +1,136 @@
+"""results.json: what an evaluation found, beside its baselines, and how to read it back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ijepa_ds.errors import UserError
+
+SCHEMA = 1
+BASELINES = ("random", "pixels")
+
+
+@dataclass
+class TaskResult:
+    """One task on one label. Values are in ``unit``; of several heads the best is reported, for the baselines too."""
+
+    task: str
+    label: str
+    metric: str
+    unit: str
+    value: float
+    best_head: dict[str, Any]
+    grid: list[dict[str, Any]]  # every head that was tried, each with its "value"
+    # "random" and "pixels" -> "values": one for each seed; "grids": the whole grid of each; more beside it
+    baselines: dict[str, dict[str, Any]]
+    extra: dict[str, Any] = field(default_factory=dict)
+    confusion: list[list[int]] | None = None  # rows are the true classes
+    train_images: int = 0
+    validation_images: int = 0
+    seconds: float = 0.0
+    images_per_second: float | None = None
+
+
+@dataclass
+class Results:
+    """What stands in results.json."""
+
+    source: str
+    encoder: str  # which one was measured
+    checkpoint_sha256: str | None
+    versions: dict[str, str]
+    config: dict[str, Any]
+    options: dict[str, Any]
+    tasks: list[TaskResult]
+    schema: int = SCHEMA
+
+    def write(self, path: str | Path) -> None:
+        """Write the file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        os.replace(temporary, path)
+
+
+def read_results(path: str | Path) -> Results:
+    """Read a results.json.
+
+    Raises:
+        UserError: it is not there, not JSON, or of another schema.
+    """
+    try:
+        saved = json.loads(Path(path).read_text())
+        if saved["schema"] != SCHEMA:
+            raise UserError(
+                f"{path} has schema {saved['schema']}, this version reads {SCHEMA}: evaluate the encoder again"
+            )
+        return Results(**{**saved, "tasks": [TaskResult(**task) for task in saved["tasks"]]})
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); make it with: python -m ijepa_ds evaluate"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the results of an evaluation ({error!r}); evaluate again") from None
+
+
+def best_of(grid: list[dict[str, Any]], features: str | None = None) -> dict[str, Any] | None:
+    """The entry of the highest value, among those on ``features`` if given; None where there is none."""
+    return max(
+        (head for head in grid if features in (None, head["features"])), key=lambda head: head["value"], default=None
+    )
+
+
+def format_table(tasks: list[TaskResult]) -> str:
+    """A row for each task, label and kind of features: the encoder, random ones, pixels, and the margin over random.
+
+    ``*`` marks the kind that is reported; each number is the best of its own heads.
+    """
+    columns = f"{'label':<10}{'probe':<10}{'features':<9}{'trained':>11}{'random':>17}{'pixels':>9}{'margin':>29}  head"
+    lines = ["", columns]
+    for result in tasks:
+        pixels = max(result.baselines["pixels"]["values"])
+        for features in dict.fromkeys(head["features"] for head in result.grid):
+            best = best_of(result.grid, features)
+            mark = "*" if features == result.best_head["features"] else " "
+            random = random_values(result, features)
+            head = " ".join(f"{key} {_short(best[key])}" for key in best if key not in ("features", "value"))
+            lines.append(
+                f"{result.label:<10}{result.task:<10}{features + mark:<9}{best['value']:>9.2f} {result.unit}"
+                f"{_mean_and_deviation(random) + ' ' + result.unit:>17}{pixels:>7.2f} {result.unit}"
+                f"{format_margin(best['value'], random):>29}  {head}"
+            )
+    return "\n".join(lines)
+
+
+def random_values(result: TaskResult, features: str | None = None) -> list[float]:
+    """The best value of each random encoder, among the heads on ``features`` if given."""
+    grids = [best_of(grid, features) for grid in result.baselines["random"]["grids"]]
+    return [best["value"] for best in grids if best is not None]
+
+
+def margin(value: float, random: list[float]) -> tuple[float, float | None]:
+    """``value`` less the random encoders' mean, and that in their deviations, where there are two of them."""
+    difference = value - statistics.mean(random)
+    return difference, difference / max(statistics.stdev(random), 1e-3) if len(random) > 1 else None
+
+
+def format_margin(value: float, random: list[float]) -> str:
+    """``+5.1 points = +7.3 sd``."""
+    points, deviations = margin(value, random)
+    return f"{points:+.1f} points" + (f" = {deviations:+.1f} sd" if deviations is not None else "")
+
+
+def _mean_and_deviation(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.2f}"
+    return mean + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

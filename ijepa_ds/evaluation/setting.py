@@ -1,0 +1,136 @@
+"""What all tasks of one call share: the data, the user's choices, and how labels become classes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ijepa_ds.distributed import Process
+from ijepa_ds.errors import UserError
+from ijepa_ds.evaluation.data import LabelledData
+from ijepa_ds.evaluation.encoders import Encoder
+from ijepa_ds.evaluation.labels import CLEVR_EDGES, Classes, binned, classes_of
+from ijepa_ds.evaluation.measurement import Measurement
+from ijepa_ds.evaluation.recipes import Recipe, adapted
+from ijepa_ds.labelled_loader import AugmentedLoader
+
+
+@dataclass
+class Setting:
+    """What all tasks of one call share. ``labels`` are the fields asked for; empty: each task takes its own."""
+
+    data: LabelledData
+    process: Process
+    seed: int
+    labels: tuple[str, ...] = ()
+    cached: bool = False
+    preset: str | None = None
+    epochs: int | None = None
+    batch: int | None = None
+    lrs: list[float] | None = None
+    weight_decays: list[float] | None = None
+    bins: str = "auto"
+    crop_share: float | None = None
+    say: Callable[[str], None] = print
+    augmented: AugmentedLoader | None = None  # made when first needed: compiling it takes seconds
+
+    def adapt(self, recipe: Recipe) -> Recipe:
+        """``recipe`` with what was asked for instead, its batch no larger than the training images."""
+        asked = adapted(recipe, epochs=self.epochs, batch=self.batch, lrs=self.lrs, weight_decays=self.weight_decays)
+        fitted = asked.fitted_to(len(self.data.samples["train"]))
+        if fitted.batch < self.process.world_size:
+            raise UserError(f"a batch of {fitted.batch} cannot be shared by {self.process.world_size} processes")
+        if fitted.batch < asked.batch:
+            self.say(f"the batch of {asked.batch} becomes {fitted.batch}: there are no more training images")
+        return fitted
+
+    def share(self) -> float:
+        """The central crop's side over an image's shorter side."""
+        return self.data.crop_share() if self.crop_share is None else self.crop_share
+
+    def extracted(self, encoder: Encoder, *, crop_share: float) -> tuple[Tensor, Tensor]:
+        """Features of the central crops of train and validation."""
+        train, validation = (
+            self.data.features(encoder, split, crop_share=crop_share) for split in ("train", "validation")
+        )
+        return train, validation
+
+
+def class_fields(setting: Setting) -> tuple[str, ...]:
+    """The labels of a classification: those asked for, or ``label``, or all that hold integers."""
+    data = setting.data
+    if setting.labels:
+        return setting.labels
+    found = ("label",) if "label" in data.integer_fields else data.integer_fields
+    if not found:
+        raise UserError(
+            f"{data.paths[0]} and {data.paths[1]} have no label of classes in common (they have: "
+            f"{', '.join(data.fields)}); convert class folders with data_prep/to_ffcv.py, or name one with --label"
+        )
+    return found
+
+
+def own_field(setting: Setting, name: str) -> str:
+    """The label of a task that has one of its own, unless another is asked for."""
+    if len(setting.labels) > 1:
+        raise UserError(f"--task {name} measures one label: give --label once")
+    field = setting.labels[0] if setting.labels else name
+    setting.data.labels(field)  # refuses one that is not there
+    return field
+
+
+def any_classes(setting: Setting, field: str) -> Classes:
+    """Classes of an integer label, bins of a continuous one."""
+    train, validation = setting.data.labels(field)
+    if train.is_floating_point():
+        return depth_bins(setting, field)
+    names = setting.data.class_names if field == "label" else []
+    classes = classes_of(field, train, validation, names)
+    empty = [name for name in names if name not in classes.names]
+    if empty:  # harmless: no image to measure has them
+        more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
+        setting.say(f"{len(empty)} classes have no image in use and are left out: {', '.join(empty[:8])}{more}")
+    return classes
+
+
+def depth_bins(setting: Setting, field: str) -> Classes:
+    """CLEVR's bins for CLEVR's images, bins of equal population for others, whose unit is another."""
+    train, validation = setting.data.labels(field)
+    clevr = setting.bins == "clevr" or (setting.bins == "auto" and field == "depth" and setting.data.is_clevr())
+    edges = torch.tensor(CLEVR_EDGES, dtype=torch.float64) if clevr else None
+    return binned(field, train, validation, edges=edges)
+
+
+def measurement(
+    setting: Setting, task: str, field: str, grid: list[dict], began: float, *, rate: float | None = None, **more
+) -> Measurement:
+    """A measurement of this setting's images, begun at the time ``began``; ``more`` as :class:`Measurement` has it."""
+    samples = setting.data.samples
+    return Measurement(
+        task=task,
+        label=field,
+        grid=grid,
+        train_images=len(samples["train"]),
+        validation_images=len(samples["validation"]),
+        seconds=round(time.monotonic() - began, 2),
+        images_per_second=setting.data.images_per_second() if rate is None else rate,
+        **more,
+    )
+
+
+def augmented_loader(setting: Setting) -> AugmentedLoader:
+    """The loader of augmented training images, made once."""
+    data = setting.data
+    if setting.augmented is None:
+        setting.augmented = AugmentedLoader(
+            data.datasets["train"],
+            image_size=data.image_size,
+            batch_size=data.micro_batch,
+            seed=setting.seed,
+            num_workers=data.num_workers,
+        )
+    return setting.augmented

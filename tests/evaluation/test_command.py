@@ -1,0 +1,351 @@
+"""``python -m ijepa_ds evaluate`` on a tiny run: the table, the file, and every refusal in one sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from distributed_runs import (
+    FOLDER,
+    TrainingRun,
+    once,
+    plain_beton,
+    run_command_forked,
+    run_ranks,
+    run_training,
+    tiny_config,
+    train_beton,
+    write_beton,
+    write_config,
+)
+
+from ijepa_ds.evaluation.results import Results, read_results
+from ijepa_ds.evaluation.target import checksum
+
+
+@once
+def trained() -> TrainingRun:
+    config = tiny_config(ijepa__run__name="probed", ijepa__run__stop_after_steps=2, ijepa__optimization__epochs=1)
+    return run_training(config, 1)
+
+
+@once
+def validation_beton() -> Path:
+    return write_beton(FOLDER / "validation.beton", num_images=40)
+
+
+def evaluate(*arguments: object) -> tuple[int, str]:
+    """Exit code and output of the command."""
+    return run_command_forked("evaluate", *arguments)
+
+
+@once
+def evaluated() -> tuple[int, str]:
+    data = ("--train", train_beton(), "--validation", validation_beton())
+    return evaluate("--checkpoint", trained().folder, *data, "--random-seeds", 2)
+
+
+def test_the_table_has_both_baselines_for_every_label() -> None:
+    code, output = evaluated()
+    assert code == 0, output
+    table = output[output.index("trained", output.index("margin") - 60) :]
+    for column in ("trained", "random", "pixels", "margin"):
+        assert column in output
+    for label in ("label", "depth"):
+        for probe in ("logistic", "knn"):
+            rows = [line for line in table.splitlines() if line.split()[:2] == [label, probe]]
+            assert {line.split()[2].rstrip("*") for line in rows} == {"last", "last4"}
+            assert sum("*" in line for line in rows) == 1
+            assert all("±" in line and "points" in line and " sd" in line for line in rows)
+    assert f"measuring the TARGET encoder of {trained().folder} at step 2" in output
+    before_the_table = output[: output.index("margin")]
+    assert "%" not in before_the_table  # nothing is told without its baselines
+
+
+def test_results_json() -> None:
+    assert evaluated()[0] == 0
+    results = read_results(trained().folder / "evaluation" / "results.json")
+    assert results.encoder == "target" and results.config["train_batch_size"] == 16 and results.schema == 1
+    assert results.checkpoint_sha256 == checksum(trained().folder / "checkpoints" / "step_000000002")
+    assert {(t.task, t.label) for t in results.tasks} == set(itertools.product(("logistic", "knn"), ("label", "depth")))
+    for task in results.tasks:
+        assert task.value == max(head["value"] for head in task.grid) and "value" not in task.best_head
+        assert {head["features"] for head in task.grid} == {"last", "last4"}
+        assert len(task.baselines["random"]["values"]) == 2 and len(task.baselines["pixels"]["values"]) == 1
+        assert all(0 <= v <= 100 for baseline in task.baselines.values() for v in baseline["values"])
+        assert (task.train_images, task.validation_images) == (67, 40)
+        if task.task == "logistic":
+            assert sum(map(sum, task.confusion)) == 40
+            right = sum(task.confusion[k][k] for k in range(len(task.confusion)))
+            assert task.value == pytest.approx(100 * right / 40)
+            assert ("mean_absolute_error" in task.extra) == (task.label == "depth")
+            assert ("mean_absolute_error" in task.baselines["random"]) == (task.label == "depth")
+    # The classes are colours: anything that has seen an image knows them, and a mix-up of rows would not.
+    logistic = next(t for t in results.tasks if (t.task, t.label) == ("logistic", "label"))
+    assert logistic.baselines["pixels"]["values"][0] > 80
+
+
+def scores_of(path: Path) -> list[tuple]:
+    return [(t.task, t.label, t.grid, t.baselines, t.confusion) for t in read_results(path).tasks]
+
+
+def test_a_file_of_weights_gives_the_same_numbers() -> None:
+    assert evaluated()[0] == 0
+    out = FOLDER / "probe_of_a_file"
+    code, output = run_command_forked("export", trained().folder, "--out", out)
+    assert code == 0, output
+    config = write_config(tiny_config())
+    data = ("--train", train_beton(), "--validation", validation_beton(), "--random-seeds", 2)
+    code, output = evaluate("--checkpoint", out / "target_encoder.safetensors", "--config", config, *data)
+    assert code == 0, output
+    of_the_run = scores_of(trained().folder / "evaluation" / "results.json")
+    assert scores_of(out / "evaluation" / "results.json") == of_the_run
+
+
+def test_files_of_others_say_which_encoder_they_hold() -> None:
+    released = {"target_encoder": released_names(), "encoder": released_names()}
+    torch.save(released, FOLDER / "released.pth.tar")
+    data = ("--train", train_beton(), "--validation", validation_beton(), "--random-seeds", 1, "--task", "knn")
+    data = (*data, "--heads", 2, "--out")
+    code, output = evaluate("--checkpoint", FOLDER / "released.pth.tar", *data, FOLDER / "others")
+    assert code == 0, output
+    assert f"measuring the TARGET encoder of {FOLDER / 'released.pth.tar'}, target_encoder" in output
+    results = read_results(FOLDER / "others" / "results.json")
+    assert results.encoder == "target" and results.config["ijepa"]["model"]["width"] == 32
+    assert results.checkpoint_sha256 == hashlib.sha256((FOLDER / "released.pth.tar").read_bytes()).hexdigest()
+    # timm's names, and nothing that says which of the two it is.
+    torch.save(load_file(exported_weights()), FOLDER / "timm.pth")
+    code, output = evaluate("--checkpoint", FOLDER / "timm.pth", *data, FOLDER / "timm")
+    assert code == 0 and "measuring an encoder that does not say which it is of " in output, output
+    assert read_results(FOLDER / "timm" / "results.json").encoder == "unknown"
+
+
+def exported_weights() -> Path:
+    test_a_file_of_weights_gives_the_same_numbers_once()
+    return FOLDER / "probe_of_a_file" / "target_encoder.safetensors"
+
+
+def released_names() -> dict[str, torch.Tensor]:
+    return {f"module.{name}": tensor for name, tensor in load_file(exported_weights()).items()}
+
+
+GRIDS = ("--task", "linear", "depth", "transfer", "--preset", "cifar100", "--epochs", 3, "--random-seeds", 1)
+
+
+@once
+def grids() -> Results:
+    out = FOLDER / "grids"
+    data = ("--train", train_beton(), "--validation", validation_beton(), "--out", out)
+    code, output = evaluate("--checkpoint", trained().folder, *data, *GRIDS)
+    assert code == 0, output
+    assert "the batch of 16384 becomes 67: there are no more training images" in output
+    assert all(f"{word} " in output for word in ("norm", "lr", "weight_decay")) and " sd" not in output
+    return read_results(out / "results.json")
+
+
+def test_the_head_grids_of_three_protocols() -> None:
+    tasks = {task.task: task for task in grids().tasks}
+    assert {name: (task.label, len(task.grid)) for name, task in tasks.items()} == {
+        "linear": ("label", 48),
+        "depth": ("depth", 4),
+        "transfer": ("label", 4),
+    }
+    assert (
+        tasks["linear"].extra["augmentation"] == tasks["transfer"].extra["augmentation"] == "random resized crop, flip"
+    )
+    assert tasks["depth"].extra["augmentation"] == "flip"
+    assert {head["lr"] for head in tasks["transfer"].grid} == {0.01 * 67 / 256}
+    for task in tasks.values():
+        assert {(h["features"], h["norm"]) for h in task.grid} == set(
+            itertools.product(("last", "last4"), ("linear", "bn"))
+        )
+        assert {h["features"] for h in task.baselines["pixels"]["grids"][0]} == {"pixels"}
+        assert sum(map(sum, task.confusion)) == 40 and task.extra["epochs"] == 3
+    errors = [tasks["depth"].extra["mean_absolute_error"], *tasks["depth"].baselines["pixels"]["mean_absolute_error"]]
+    assert all(0 < error < 1.5 for error in errors)
+    assert len(tasks["depth"].extra["true_values"]) == len(tasks["depth"].extra["predicted_values"]) == 40
+
+
+def test_scalars_for_tensorboard() -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    results = grids()
+    for name in ("trained", "random", "pixels"):
+        events = EventAccumulator(str(FOLDER / "grids" / "tensorboard" / name)).Reload()
+        for task in results.tasks:
+            (event,) = events.Scalars(f"evaluation/{task.task}/{task.label}")
+            expected = task.value if name == "trained" else task.baselines[name]["values"][0]
+            assert event.step == 2 and event.value == pytest.approx(expected)
+
+
+def evaluate_on_ranks(arguments: list[str]) -> None:
+    from ijepa_ds.evaluation.command import main
+
+    main(arguments)
+
+
+def test_two_processes_measure_what_one_does() -> None:
+    out = FOLDER / "grids_of_two"
+    data = ("--train", train_beton(), "--validation", validation_beton(), "--out", out)
+    # As `deepspeed --module ijepa_ds evaluate ...` starts them; __main__ has taken the launcher's option away.
+    run_ranks(evaluate_on_ranks, 2, list(map(str, ("--checkpoint", trained().folder, *data, *GRIDS))))
+    both = read_results(out / "results.json")
+    assert both.options["processes"] == 2
+    for one, two in zip(grids().tasks, both.tasks, strict=True):
+        assert (one.task, one.label, one.grid[0].keys()) == (two.task, two.label, two.grid[0].keys())
+        differences = [abs(a["value"] - b["value"]) for a, b in zip(one.grid, two.grid, strict=True)]
+        # Sums are taken in another order, which moves an image or two over a boundary.
+        assert max(differences) <= 5.1 and sum(differences) / len(differences) < 1
+
+
+def test_a_class_without_images_is_said() -> None:
+    named = named_classes("empty", "a b c d nobody")
+    data = ("--train", named, "--validation", named, "--random-seeds", 1, "--out", FOLDER / "empty")
+    code, output = evaluate("--checkpoint", trained().folder, *data, "--task", "knn", "--label", "label")
+    assert code == 0 and output.count("1 classes have no image in use and are left out: nobody") == 1, output
+
+
+def test_a_mistake_that_all_processes_see_is_told_once() -> None:
+    with pytest.raises(AssertionError) as caught:
+        data = ["--train", train_beton(), "--validation", validation_beton(), "--task", "count"]
+        run_ranks(evaluate_on_ranks, 2, list(map(str, ("--checkpoint", trained().folder, *data))))
+    assert "rank 0:" in str(caught.value) and str(caught.value).count("no label field 'count'") == 1
+
+
+def test_cached_features_and_another_image_size() -> None:
+    out = FOLDER / "cached"
+    data = ("--train", train_beton(), "--validation", validation_beton(), "--out", out, "--random-seeds", 1)
+    some = ("--train-images", 60, "--label", "label", "--lr", 0.1, 0.01, "--batch", 20, "--epochs", 30)
+    grid = ("--task", "linear", "--cached", "--image-size", 24, *some)
+    code, output = evaluate("--checkpoint", trained().folder, *data, *grid)
+    assert code == 0, output
+    results = read_results(out / "results.json")
+    assert results.config["ijepa"]["data"]["image_size"] == [24, 24]
+    linear, logistic = results.tasks
+    assert (linear.task, logistic.task) == ("linear", "logistic")
+    assert linear.extra["augmentation"] == "none" and linear.train_images == 60
+    assert {head["lr"] for head in linear.grid} == {0.1, 0.01, 0.1 * 20 / 256, 0.01 * 20 / 256}
+    assert linear.baselines["pixels"]["values"][0] > 80  # it learns
+
+
+def damaged_run(what: str) -> Path:
+    folder = FOLDER / f"probe_{what}"
+    shutil.copytree(trained().folder, folder)
+    if what == "no_checkpoint":
+        shutil.rmtree(folder / "checkpoints")
+    elif what == "config_garbage":
+        (folder / "config.json").write_text("{")
+    elif what == "config_empty":
+        (folder / "config.json").write_text("{}")
+    return folder
+
+
+def refusals() -> dict[str, tuple[list[object], list[str]]]:
+    run, train = trained().folder, train_beton()
+    weights = FOLDER / "probe_weights.safetensors"
+    shutil.copy(FOLDER / "probe_of_a_file" / "target_encoder.safetensors", weights)
+    (FOLDER / "no_weights.safetensors").write_bytes(b"nothing")
+    wider = write_config(tiny_config(ijepa__model__width=48))
+    data = ["--train", train, "--validation", train]
+    return {
+        "no labels": (["--checkpoint", run, "--train", plain_beton(), "--validation", train], ["share no label field"]),
+        "no validation": (["--checkpoint", run], ["nothing to measure on", "--validation"]),
+        "missing run": (["--checkpoint", "/no/run", *data], ["/no/run does not exist"]),
+        "no run": (["--checkpoint", FOLDER, *data], [str(FOLDER), "not a run folder"]),
+        "no checkpoint": (["--checkpoint", damaged_run("no_checkpoint"), *data], ["has no checkpoint yet"]),
+        "config garbage": (["--checkpoint", damaged_run("config_garbage"), *data], ["config.json"]),
+        "config empty": (["--checkpoint", damaged_run("config_empty"), *data], ["config.json"]),
+        "missing data": (
+            ["--checkpoint", run, "--train", "/no.beton", "--validation", train],
+            ["/no.beton does not exist"],
+        ),
+        "weights without config": (["--checkpoint", weights, *data], ["a width of 32", "--config"]),
+        "weights of another size": (
+            ["--checkpoint", weights, "--config", wider, *data],
+            ["does not fit", "29 tensors differ", "patch_embed.proj.weight (32, 3, 4, 4) there, (48, 3, 4, 4)", "of 2"],
+        ),
+        "no weights": (
+            ["--checkpoint", FOLDER / "no_weights.safetensors", "--config", wider, *data],
+            ["no_weights.safetensors cannot be read"],
+        ),
+        "no seed": (["--checkpoint", run, *data, "--random-seeds", 0], ["--random-seeds = 0 must be at least 1"]),
+        "no preset": (["--checkpoint", run, *data, "--task", "transfer"], ["--preset", "cifar100"]),
+        "no such label": (["--checkpoint", run, *data, "--label", "size"], ["no label field 'size'", "label, depth"]),
+        "no count": (["--checkpoint", run, *data, "--task", "count"], ["no label field 'count'", "--label"]),
+        "not a size": (["--checkpoint", run, *data, "--image-size", 30], ["multiple", "patches of 4 pixels"]),
+        "other classes": (
+            [
+                "--checkpoint",
+                run,
+                "--train",
+                named_classes("train", "cat dog"),
+                "--validation",
+                named_classes("val", "cat fox"),
+            ],
+            ["only", "has dog", "has fox"],
+        ),
+        "a class only in validation": (
+            ["--checkpoint", run, "--train", train, "--validation", train, "--train-images", 3, "--label", "label"],
+            ["of which no training image is used: "],
+        ),
+        "broken run": (
+            ["--checkpoint", nan_run(), *data],
+            ["hold NaN or infinity"],
+        ),
+        "broken run, augmented": (
+            ["--checkpoint", nan_run(), *data, "--task", "linear", "--epochs", 1],
+            ["hold NaN or infinity"],
+        ),
+        "no images": (["--checkpoint", run, *data, "--train-images", 0], ["--train-images"]),
+    }
+
+
+def named_classes(split: str, names: str) -> Path:
+    """A copy of the labelled images with a converter's note of class names beside it."""
+    path = FOLDER / f"named_{split}.beton"
+    shutil.copy(train_beton(), path)
+    Path(f"{path}.json").write_text(json.dumps({"class_names": names.split()}))
+    return path
+
+
+@once
+def nan_run() -> Path:
+    folder = FOLDER / "probe_nan"
+    shutil.copytree(trained().folder, folder)
+    (file,) = folder.glob("checkpoints/step_000000002/rank_*.pt")
+    content = torch.load(file, weights_only=True)
+    for _, values in content["target"].values():
+        values[0] = float("nan")
+    torch.save(content, file)
+    return folder
+
+
+CASES = """no labels; no validation; missing run; no run; no checkpoint; config garbage; config empty; missing data;
+weights without config; weights of another size; no weights; no seed; no images; no preset; no such label; no count;
+not a size; other classes; a class only in validation; broken run; broken run, augmented"""
+
+
+@pytest.mark.parametrize("case", re.split(r";\s", CASES))
+def test_a_mistake_is_one_sentence(case: str) -> None:
+    test_a_file_of_weights_gives_the_same_numbers_once()
+    arguments, says = all_refusals()[case]
+    code, output = evaluate(*arguments)
+    assert code == 2, output
+    error = output[output.index("error:") :].strip()
+    assert output.count("error:") == 1 and "Traceback" not in output and "\n" not in error, output
+    for text in says:
+        assert text in error
+
+
+test_a_file_of_weights_gives_the_same_numbers_once = once(test_a_file_of_weights_gives_the_same_numbers)
+all_refusals = once(refusals)
