@@ -31,7 +31,9 @@ def check_before_building(config: Config) -> tuple[Dataset, MaskSampler]:
         )
     encoder_dimensions(config)
     sampler = build_sampler(config)
-    RunFolder(config).check_belongs(config, dataset.num_samples)
+    folder = RunFolder(config)
+    folder.check_writable()
+    folder.check_belongs(config, dataset.num_samples)
     return dataset, sampler
 
 

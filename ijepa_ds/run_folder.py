@@ -25,6 +25,13 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
 
+    def check_writable(self) -> None:
+        """Refuse a place where nothing can be written, before anything is built. Reads only."""
+        nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            reason = "is not writable" if nearest.is_dir() else "is not a folder"
+            raise UserError(f"{self.path} cannot be written ({nearest} {reason}); choose another ijepa.run.folder")
+
     def check_belongs(self, config: Config, num_images: int) -> None:
         """Refuse a folder that holds another run: what differs is listed. Reads only.
 
