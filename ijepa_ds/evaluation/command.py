@@ -130,6 +130,8 @@ def check_options(options: argparse.Namespace) -> None:
         number = getattr(options, name)
         if number is not None and number < 1:
             raise UserError(f"--{name.replace('_', '-')} = {number} must be at least 1; leave it out for the default")
+    if "transfer" in options.task and options.preset is None:
+        raise UserError(f"--task transfer needs --preset: one of {', '.join(PRESETS)}, whose recipe is then used")
     _check_low_shot(options)
     if options.crop_share is not None and not 0 < options.crop_share <= 1:
         raise UserError(f"--crop-share = {options.crop_share} must be above 0 and at most 1")

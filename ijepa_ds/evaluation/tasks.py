@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.attentive_task import attentive
 from ijepa_ds.evaluation.encoders import Encoder
 from ijepa_ds.evaluation.head_training import AugmentedFeatures, CachedFeatures, train_heads
@@ -92,8 +91,7 @@ def linear(setting: Setting, encoder: Encoder) -> list[Measurement]:
 
 
 def transfer(setting: Setting, encoder: Encoder) -> list[Measurement]:
-    """SGD with Nesterov momentum by the preset's recipe, on any labelled images."""
-    _check_transfer(setting)
+    """SGD with Nesterov momentum by the recipe of ``setting.preset``, on any labelled images."""
     return [
         one
         for field in class_fields(setting)
@@ -220,15 +218,13 @@ def check_tasks(setting: Setting, tasks: list[str]) -> None:
     """Refuse what the last of ``tasks`` would stumble over before the first has run for hours.
 
     Raises:
-        UserError: a label or classes that a task cannot use, or an option that it lacks.
+        UserError: a label or classes that a task cannot use.
     """
     for task in tasks:
         if task in ("logistic", "knn"):
             fields = setting.labels or setting.data.fields
         else:
             fields = (own_field(setting, task),) if task in ("count", "depth") else class_fields(setting)
-        if task == "transfer":
-            _check_transfer(setting)
         for field in fields:
             if task == "count":
                 classes_of(field, *setting.data.labels(field))
@@ -238,11 +234,6 @@ def check_tasks(setting: Setting, tasks: list[str]) -> None:
                 any_classes(setting, field)
             if task == "lowshot":
                 subsets(setting, field)
-
-
-def _check_transfer(setting: Setting) -> None:
-    if setting.preset is None:
-        raise UserError(f"--task transfer needs --preset: one of {', '.join(PRESETS)}, whose recipe is then used")
 
 
 def _augmentation_name(training: AugmentedFeatures | CachedFeatures) -> str:
