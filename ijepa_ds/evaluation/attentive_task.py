@@ -7,16 +7,18 @@ Shapes: B images, N patches, D encoder width, n images in use.
 
 from __future__ import annotations
 
-import os
+import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ijepa_ds.distributed import on_any_rank
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.attentive import LRS, WEIGHT_DECAYS, AttentiveProbe, attentive_probe
-from ijepa_ds.evaluation.augmented_batches import AugmentedBatches, paced, step_positions, validation_batches
+from ijepa_ds.evaluation.augmented_batches import AugmentedBatches, step_positions, validation_batches
 from ijepa_ds.evaluation.encoders import Encoder
 from ijepa_ds.evaluation.features import extract_features
 from ijepa_ds.evaluation.labels import Classes
@@ -45,8 +47,8 @@ def check_cached(setting: Setting, encoder: Encoder) -> None:
     height, width = (size // module.patch_embed.proj.kernel_size[0] for size in data.image_size)
     num_images = sum(len(samples) for samples in data.samples.values())
     needed = num_images * height * width * module.embed_dim * 4 * setting.process.world_size
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > MEMORY_SHARE * free:
+    free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+    if on_any_rank([needed > MEMORY_SHARE * free], setting.process)[0]:
         raise UserError(
             f"--cached with --task attentive would hold the tokens of {num_images} images, {needed / 2**30:.0f} GiB of "
             f"{free / 2**30:.0f} GiB free: leave out --cached, or take fewer with --train-images"
@@ -94,7 +96,7 @@ def _probe(setting: Setting, encoder: Encoder, field: str, classes: Classes) -> 
         epochs=setting.epochs or EPOCHS,
         micro_batch=data.micro_batch,
         seed=setting.seed,
-        say=paced(setting.say, name=f"attentive {field}, {encoder}"),
+        say=setting.progress(f"{field}, {encoder}"),
     )
     if not setting.process.is_main:
         return None

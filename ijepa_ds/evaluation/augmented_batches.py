@@ -7,7 +7,6 @@ Shapes: n images in use, B of a step on this process, H x W pixels.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,8 +18,6 @@ from ijepa_ds.evaluation.features import on_device
 from ijepa_ds.evaluation.heads import steps_per_epoch
 from ijepa_ds.labelled_loader import AugmentedLoader
 from ijepa_ds.random_streams import permutation
-
-SECONDS_BETWEEN_LINES = 10.0
 
 
 class AugmentedBatches:
@@ -83,16 +80,3 @@ def validation_batches(
     for images, _ in on_device(read, process.device):
         yield prepare(images), mine[position : position + len(images)]
         position += len(images)
-
-
-def paced(say: Callable[[str], None], *, name: str) -> Callable[[str], None]:
-    """``say`` with ``name`` before each line, and at most one line every few seconds."""
-    last = time.monotonic()
-
-    def say_now_and_then(line: str) -> None:
-        nonlocal last
-        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            say(f"  {name}: {line}")
-
-    return say_now_and_then

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation import check_every_class
-from ijepa_ds.evaluation.augmented_batches import AugmentedBatches, paced, validation_batches
+from ijepa_ds.evaluation.augmented_batches import AugmentedBatches, validation_batches
 from ijepa_ds.evaluation.encoders import Encoder
 from ijepa_ds.evaluation.finetune import FineTuneRecipe, fine_tune
 from ijepa_ds.evaluation.head_training import CachedFeatures, TrainedHeads, train_heads
@@ -170,7 +170,7 @@ def _train_grid(
         setting.adapt(LINEAR, len(draw)),
         process=setting.process,
         seed=setting.seed,
-        say=lambda line: setting.say(f"  {name}: {line.strip()}"),
+        say=setting.progress(name),
     )
 
 
@@ -215,7 +215,7 @@ def _fine_tune(setting: Setting, encoder: Encoder, classes: Classes, draw: np.nd
         micro_batch=min(MICRO_BATCH, setting.data.micro_batch),
         validate_epochs=recipe.epochs,  # nothing is chosen by it, and validation is often the larger part
         seed=seed,
-        say=paced(setting.say, name=name),
+        say=setting.progress(name),
     )
 
 

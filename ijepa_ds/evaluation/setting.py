@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from ijepa_ds.evaluation.measurement import Measurement
 from ijepa_ds.evaluation.recipes import Recipe, adapted
 from ijepa_ds.ijepa import normalize_images
 from ijepa_ds.labelled_loader import AugmentedLoader
+
+SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Setting:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     few: FewLabels = FewLabels()
     say: Callable[[str], None] = print
+    told: float = field(default_factory=time.monotonic)  # when progress was last said
     augmented: AugmentedLoader | None = None  # made when first needed: compiling it takes seconds
 
     def adapt(self, recipe: Recipe, num_images: int | None = None) -> Recipe:
@@ -70,6 +73,16 @@ class Setting:
         """
         if batch < self.process.world_size:
             raise UserError(f"a batch of {batch} cannot be shared by {self.process.world_size} processes")
+
+    def progress(self, name: str) -> Callable[[str], None]:
+        """Takes lines of progress of what is called ``name``, and says one every few seconds."""
+
+        def say_now_and_then(line: str) -> None:
+            if time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
+                self.told = time.monotonic()
+                self.say(f"  {name}: {line.strip()}")
+
+        return say_now_and_then
 
     def share(self) -> float:
         """The central crop's side over an image's shorter side."""
