@@ -309,6 +309,7 @@ def test_cached_features_and_another_image_size() -> None:
     assert linear.extra["augmentation"] == "none" and linear.train_images == 60
     assert {head["lr"] for head in linear.grid} == {0.1, 0.01, 0.1 * 20 / 256, 0.01 * 20 / 256}
     assert linear.baselines["pixels"]["values"][0] > 80  # it learns
+    assert attentive.value > 60, attentive.grid
 
 
 def damaged_run(what: str) -> Path:

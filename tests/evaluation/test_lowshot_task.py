@@ -90,6 +90,9 @@ def test_the_batches_of_two_processes_are_those_of_one(beton):
     for rank in (0, 1):
         for (images, labels), (all_images, all_labels) in zip(epoch_of(rank, 2, 0), whole, strict=True):
             assert torch.equal(labels, all_labels[rank::2]) and torch.equal(images, all_images[rank::2])
+    loader = augmented_loader(setting_of(beton))
+    for image, sample in zip(*whole[1], strict=True):  # labels are sample numbers here: each stands by its own image
+        assert torch.equal(next(loader.batches(np.array([int(sample)]), 0))[0], image)
     again, other = epoch_of(0, 1, 0), epoch_of(0, 1, 1)
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(whole, again, strict=True))
     assert not torch.equal(torch.cat([labels for _, labels in other]), taken)
