@@ -91,7 +91,7 @@ def _summarise(run: Path, results: Path, seconds: float) -> None:
         )
     if not reached:
         print("The trained encoder did NOT beat the random one by three standard deviations on every label.")
-    pictures = sorted((run / "pictures").glob("*.png"))
-    print(f"pictures: {', '.join(os.path.relpath(path, ROOT) for path in pictures[-2:])}")
+    pictures = sorted((run / "pictures").glob("*.png"))[-2:] + sorted(results.parent.glob("pictures/neighbours.png"))
+    print(f"pictures: {', '.join(os.path.relpath(path, ROOT) for path in pictures)}")
     print(f"the encoder, for timm: {os.path.relpath(run / 'export' / 'target_encoder.safetensors', ROOT)}")
     print(f"TensorBoard: ./run.sh tensorboard {os.path.relpath(run.parent, ROOT)}")

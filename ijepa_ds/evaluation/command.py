@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
+import statistics
 from pathlib import Path
 
 import torch
@@ -19,12 +21,13 @@ from ijepa_ds.engine import init_distributed
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.data import LabelledData
 from ijepa_ds.evaluation.encoders import encoders_to_measure
+from ijepa_ds.evaluation.illustrations import illustrate
 from ijepa_ds.evaluation.measurement import combine
 from ijepa_ds.evaluation.recipes import PRESETS
 from ijepa_ds.evaluation.results import Results, format_table
-from ijepa_ds.evaluation.setting import Setting
+from ijepa_ds.evaluation.setting import FewLabels, Setting
 from ijepa_ds.evaluation.target import Target, checksum, load_target
-from ijepa_ds.evaluation.tasks import DEFAULT_TASKS, TASKS
+from ijepa_ds.evaluation.tasks import DEFAULT_TASKS, TASKS, check_tasks
 from ijepa_ds.pipeline import DecodeError
 from ijepa_ds.run_folder import versions
 
@@ -48,31 +51,73 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All options."""
-    parser = argparse.ArgumentParser(prog="python -m ijepa_ds evaluate", description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="a run folder, a checkpoint, .safetensors, .pth.tar, transformers folder")
-    add("--config", help="the configuration of a file, where its tensors do not tell enough")
-    add("--heads", type=int, help="attention heads of a file, where nothing tells them")
-    add("--task", nargs="+", choices=list(TASKS), default=list(DEFAULT_TASKS), help="default: logistic knn")
-    add("--train", help="labelled .beton to fit the probes on (default: the config's data.train)")
-    add("--validation", help="labelled .beton to measure on (default: the config's data.validation)")
-    add("--label", action="append", default=[], help="the label field, where the file has several; may be repeated")
-    add("--cached", action="store_true", help="features extracted once, without augmentation: minutes, not hours")
-    add("--preset", choices=list(PRESETS), help="the recipe of --task transfer")
-    add("--epochs", type=int, help="instead of the task's; steps of the learning rate keep their share")
-    add("--batch", type=int, help="instead of the task's")
-    add("--lr", type=float, nargs="+", help="instead of the task's grid")
-    add("--weight-decay", type=float, nargs="+", help="instead of the task's grid")
-    add("--bins", choices=("auto", "clevr", "equal"), default="auto", help="of a continuous label")
-    add("--image-size", type=int, help="pixels, where not the encoder's own: positions are computed anew")
-    add("--crop-share", type=float, help="the central crop's side over the image's shorter side")
-    add("--micro-batch", type=int, default=256, help="images of one forward pass")
-    add("--train-images", type=int, help="use at most so many, evenly spread")
-    add("--validation-images", type=int)
-    add("--random-seeds", type=int, default=3, help="how many random encoders to compare with")
-    add("--seed", type=int, help="of order, crops and heads (default: the run's)")
-    add("--out", help="folder for results.json (default: the run folder's evaluation/)")
+    parser = argparse.ArgumentParser(
+        prog="python -m ijepa_ds evaluate",
+        usage="%(prog)s --checkpoint RUN|FILE [--task T ...] [options]; -h lists them",
+        description=__doc__.split("\n\n")[0],
+    )
+    _add_options_of_input(parser)
+    _add_options_of_tasks(parser)
+    add = parser.add_argument_group("comparison and output").add_argument
+    add("--random-seeds", metavar="N", type=int, default=3, help="how many random encoders to compare with (default 3)")
+    add("--seed", metavar="N", type=int, help="of order, crops and heads (default: the run's)")
+    add("--out", metavar="FOLDER", help="for results.json and pictures (default: the run folder's evaluation/)")
+    add("--no-pictures", dest="pictures", action="store_false", help="write no pictures")
     return parser
+
+
+def _add_options_of_input(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what is measured").add_argument
+    add(
+        "--checkpoint",
+        metavar="RUN|FILE",
+        required=True,
+        help="a run folder, a checkpoint, .safetensors, .pth.tar, transformers folder",
+    )
+    add("--config", metavar="FILE", help="the configuration of a file, where its tensors do not tell enough")
+    add("--heads", metavar="N", type=int, help="attention heads of a file, where nothing tells them")
+    add("--train", metavar="FILE.beton", help="labelled images to fit the probes on (default: the config's data.train)")
+    add("--validation", metavar="FILE.beton", help="to measure on (default: the config's data.validation)")
+    add(
+        "--label", metavar="L", action="append", default=[], help="the label field, where there are several; repeatable"
+    )
+    add("--train-images", metavar="N", type=int, help="use at most so many, evenly spread")
+    add("--validation-images", metavar="N", type=int, help="the same for those measured on")
+    add("--image-size", metavar="N", type=int, help="pixels, where not the encoder's own: positions are computed anew")
+    add("--crop-share", metavar="X", type=float, help="the central crop's side over the image's shorter side")
+    add("--micro-batch", metavar="N", type=int, default=256, help="images of one forward pass (default 256)")
+
+
+def _add_options_of_tasks(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("tasks").add_argument
+    add(
+        "--task",
+        metavar="T",
+        nargs="+",
+        choices=list(TASKS),
+        default=list(DEFAULT_TASKS),
+        help=f"one or several of {', '.join(TASKS)} (default: {' '.join(DEFAULT_TASKS)}); docs/evaluation.md has them",
+    )
+    add("--cached", action="store_true", help="features extracted once, without augmentation: minutes, not hours")
+    add("--preset", choices=list(PRESETS), help="transfer: whose recipe, which --task transfer needs")
+    add("--bins", choices=("auto", "clevr", "equal"), default="auto", help="of a continuous label (default auto)")
+    add("--epochs", metavar="N", type=int, help="instead of the task's; steps of the learning rate keep their share")
+    add("--batch", metavar="N", type=int, help="instead of the task's")
+    add("--lr", metavar="X", type=float, nargs="+", help="instead of the task's grid")
+    add("--weight-decay", metavar="X", type=float, nargs="+", help="instead of the task's grid")
+    add = parser.add_argument_group("--task lowshot").add_argument
+    add(
+        "--per-class",
+        metavar="N",
+        type=int,
+        nargs="+",
+        action="extend",
+        help="images a class, one or several numbers (default 13)",
+    )
+    add("--draws", metavar="N", type=int, help="how often they are drawn, mean and deviation (default 3)")
+    add("--split-list", metavar="FILE", help="instead: the labelled images' file names, one a line")
+    add("--finetune", action="store_true", help="fine-tune the whole encoder, too")
+    add("--finetune-lr", metavar="X", type=float, help="instead of 3e-5, the paper's for ImageNet")
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -81,12 +126,40 @@ def check_options(options: argparse.Namespace) -> None:
     Raises:
         UserError: the first of them.
     """
-    for name in ("train_images", "validation_images", "random_seeds", "micro_batch"):
+    for name in ("train_images", "validation_images", "random_seeds", "micro_batch", "epochs", "batch", "draws"):
         number = getattr(options, name)
         if number is not None and number < 1:
             raise UserError(f"--{name.replace('_', '-')} = {number} must be at least 1; leave it out for the default")
+    if "transfer" in options.task and options.preset is None:
+        raise UserError(f"--task transfer needs --preset: one of {', '.join(PRESETS)}, whose recipe is then used")
+    _check_low_shot(options)
     if options.crop_share is not None and not 0 < options.crop_share <= 1:
         raise UserError(f"--crop-share = {options.crop_share} must be above 0 and at most 1")
+
+
+def _check_low_shot(options: argparse.Namespace) -> None:
+    given = {
+        "--split-list": options.split_list is not None,
+        "--per-class": options.per_class is not None,
+        "--draws": options.draws is not None,
+        "--finetune": options.finetune,
+        "--finetune-lr": options.finetune_lr is not None,
+    }
+    unused = [name for name in given if given[name]]
+    if unused and "lowshot" not in options.task:
+        raise UserError(f"{unused[0]} is of --task lowshot: add that task, or leave the option out")
+    if options.finetune_lr is not None and not options.finetune:
+        raise UserError("--finetune-lr is of no use without --finetune: add it")
+    if options.finetune_lr is not None and not 0 < options.finetune_lr < math.inf:
+        raise UserError(f"--finetune-lr = {options.finetune_lr} must be a number above 0")
+    for number in options.per_class or []:
+        if number < 1:
+            raise UserError(f"--per-class = {number} must be at least 1")
+    for name in ("--per-class", "--draws"):
+        if options.split_list is not None and given[name]:
+            raise UserError(f"--split-list names the labelled images, so {name} has no meaning: leave one of them out")
+    if options.split_list is not None and not Path(options.split_list).is_file():
+        raise UserError(f"--split-list {options.split_list} is not a file: give one image file name per line")
 
 
 def data_paths(options: argparse.Namespace, target: Target) -> tuple[str, str]:
@@ -122,6 +195,7 @@ def evaluate(options: argparse.Namespace, target: Target) -> Results | None:
         micro_batch=options.micro_batch,
         num_workers=config.ijepa.data.workers,
         process=process,
+        say=say,
     )
     setting = Setting(
         data=data,
@@ -136,9 +210,19 @@ def evaluate(options: argparse.Namespace, target: Target) -> Results | None:
         weight_decays=options.weight_decay,
         bins=options.bins,
         crop_share=options.crop_share,
+        mean=config.ijepa.data.mean,
+        std=config.ijepa.data.std,
+        few=FewLabels(
+            split_list=options.split_list,
+            per_class=tuple(sorted(set(options.per_class or FewLabels.per_class))),
+            draws=options.draws or FewLabels.draws,
+            finetune=options.finetune,
+            finetune_lr=options.finetune_lr,
+        ),
         say=say,
     )
     say(f"measuring {target.say()}; tasks: {', '.join(options.task)}; labels: {', '.join(data.fields)}")
+    check_tasks(setting, options.task)
     measured = []
     for encoder in encoders_to_measure(target, process, random_seeds=options.random_seeds):
         measurements = [one for task in options.task for one in TASKS[task](setting, encoder)]
@@ -164,6 +248,8 @@ def evaluate(options: argparse.Namespace, target: Target) -> Results | None:
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror or error}); give another with --out") from None
     print(f"\nwritten: {folder / 'results.json'}", flush=True)
+    if options.pictures:
+        illustrate(results, folder, setting, step=target.step)
     return results
 
 
@@ -183,7 +269,13 @@ def log_scalars(folder: Path, step: int, results: Results) -> None:
         with contextlib.closing(SummaryWriter(str(folder / "tensorboard" / name))) as writer:
             for task in results.tasks:
                 values = [task.value] if name == "trained" else task.baselines[name]["values"]
-                writer.add_scalar(f"evaluation/{task.task}/{task.label}", sum(values) / len(values), step)
+                tag = f"evaluation/{task.task}/{task.label}"
+                writer.add_scalar(tag, statistics.mean(values), step)
+                if "mean_absolute_error" in task.extra:
+                    found = task.extra if name == "trained" else task.baselines[name]
+                    errors = found["mean_absolute_error"]
+                    errors = errors if isinstance(errors, list) else [errors]
+                    writer.add_scalar(f"{tag}/mean_absolute_error", statistics.mean(errors), step)
 
 
 def _without_repeats(measurements: list) -> list:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ class LabelledData:
         image_size: (rows, columns) in pixels that the encoder takes.
         micro_batch: images of one forward pass.
         num_workers: decoding threads of this process.
+        say: takes a line of progress of a long extraction.
 
     Raises:
         UserError: a file is not one, they share no label field, or their classes are not the same.
@@ -47,9 +49,10 @@ class LabelledData:
         micro_batch: int,
         num_workers: int,
         process: Process,
+        say: Callable[[str], None] = print,
     ):
         self.paths, self.image_size, self.micro_batch, self.num_workers = paths, image_size, micro_batch, num_workers
-        self.process = process
+        self.process, self.say = process, say
         for path in paths:
             if Path(path).is_dir():
                 raise UserError(
@@ -90,21 +93,39 @@ class LabelledData:
         )
         return train, validation
 
-    def features(self, encoder: Encoder, split: str, *, crop_share: float, mirrored: bool = False) -> Tensor:
-        """Features fp32 [n, F] of the central crops, on the CPU. Kept until another encoder is asked about."""
+    def features(
+        self,
+        encoder: Encoder,
+        split: str,
+        *,
+        crop_share: float,
+        mirrored: bool = False,
+        positions: np.ndarray | None = None,
+    ) -> Tensor:
+        """Features fp32 [n, F] of the central crops, on the CPU: of all images in use, which are kept until another
+        encoder is asked about, or of those at ``positions`` among them."""
         if self._owner is not encoder:
             self._owner, self._features, self._images, self._seconds = encoder, {}, 0, 0.0
         key = (split, crop_share, mirrored)
+        if positions is not None and key in self._features:
+            return self._features[key][torch.from_numpy(positions)]
         if key not in self._features:
-            loader, began = self._loader(split, crop_share), time.monotonic()
+            samples = self.samples[split] if positions is None else self.samples[split][positions]
+            loader, began = self.loader(split, crop_share), time.monotonic()
 
             def forward(images: Tensor) -> Tensor:
                 return encoder.forward(images.flip(2) if mirrored else images)
 
-            samples = self.samples[split]
-            self._features[key] = extract_features(forward, loader, samples, self.process).values
+            found = extract_features(forward, loader, samples, self.process, say=self.say).values
             self._images, self._seconds = self._images + len(samples), self._seconds + time.monotonic() - began
+            if positions is not None:
+                return found
+            self._features[key] = found
         return self._features[key]
+
+    def images(self, split: str, samples: np.ndarray, *, crop_share: float) -> Iterator[Tensor]:
+        """uint8 central crops [B, H, W, 3] of ``samples`` in the file; use each batch before the next."""
+        return (images for images, _ in self.loader(split, crop_share).batches(samples))
 
     def images_per_second(self) -> float | None:
         """The rate of all extractions for the encoder at hand; None where there was none."""
@@ -123,7 +144,8 @@ class LabelledData:
         wide = bool(np.all(np.abs(widths / heights - 1.5) < 0.02))
         return wide and all(str(note.get("kind", "")).startswith("CLEVR") for note in notes)
 
-    def _loader(self, split: str, crop_share: float) -> EvaluationLoader:
+    def loader(self, split: str, crop_share: float) -> EvaluationLoader:
+        """Of central crops, without labels; made once."""
         key = (split, crop_share)
         if key not in self._loaders:  # compiling one takes seconds
             self._loaders[key] = EvaluationLoader(

@@ -5,6 +5,7 @@ Shapes: B images, H x W pixels, N patches, D encoder width, F features of an ima
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -28,7 +29,8 @@ BLOCKS = 4  # whose outputs `last4` holds
 class Encoder:
     """Something that turns images into features; ``views`` names columns of these.
 
-    ``module`` is the transformer itself, for tasks that need more than pooled features; None for raw pixels.
+    ``module`` is the transformer itself, for tasks that need more than pooled features, and ``build`` makes it anew in
+    float32, to be trained; None for raw pixels.
     """
 
     name: str  # "trained", "random" or "pixels"
@@ -37,6 +39,7 @@ class Encoder:
     views: dict[str, slice]
     forward: Callable[[Tensor], Tensor]  # uint8 [B, H, W, 3] on the device -> [B, F]
     module: VisionTransformer | None = None
+    build: Callable[[], VisionTransformer] | None = None
 
     def __str__(self) -> str:
         return f"{self.name} {self.seed}" if self.name == "random" else self.name
@@ -46,14 +49,20 @@ def encoders_to_measure(target: Target, process: Process, *, random_seeds: int) 
     """One after the other, so that one is in memory at a time: trained, random ones, pixels."""
     config = target.config
     for name, seed in [("trained", 0), *(("random", seed) for seed in range(random_seeds))]:
-        module = build_encoder(config, torch.Generator().manual_seed(config.ijepa.run.seed + seed))
-        if name == "trained":
-            module.load_state_dict(target.weights)
-        module.to(process.device, working_dtype(config)).eval().requires_grad_(False)
+        build = functools.partial(_build, target, seed, trained=name == "trained")
+        module = build().to(process.device, working_dtype(config)).eval().requires_grad_(False)
         width, blocks = module.embed_dim, min(BLOCKS, len(module.blocks))
         views = {"last": slice(-width, None), "last4": slice(None)}
-        yield Encoder(name, seed, blocks * width, views, pooled_features(module, config), module)
+        yield Encoder(name, seed, blocks * width, views, pooled_features(module, config), module, build)
     yield Encoder("pixels", 0, 3 * PIXELS**2, {"pixels": slice(None)}, small_pixels)
+
+
+def _build(target: Target, seed: int, *, trained: bool) -> VisionTransformer:
+    config = target.config
+    module = build_encoder(config, torch.Generator().manual_seed(config.ijepa.run.seed + seed))
+    if trained:
+        module.load_state_dict(target.weights)
+    return module
 
 
 def pooled_features(module: VisionTransformer, config: Config) -> Callable[[Tensor], Tensor]:

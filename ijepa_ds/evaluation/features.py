@@ -5,6 +5,7 @@ Shapes: n images, D features.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from ijepa_ds.distributed import Process, gather_rows
 from ijepa_ds.labelled_loader import EvaluationLoader
 
 BATCHES_WAITING = 64  # results left on the device
+SECONDS_BETWEEN_LINES = 30.0
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,33 @@ def spread_samples(num_samples: int, limit: int | None) -> np.ndarray:
 
 @torch.no_grad()
 def extract_features(
-    forward: Callable[[Tensor], Tensor], loader: EvaluationLoader, samples: np.ndarray, process: Process
+    forward: Callable[[Tensor], Tensor],
+    loader: EvaluationLoader,
+    samples: np.ndarray,
+    process: Process,
+    *,
+    say: Callable[[str], None] | None = None,
 ) -> Features:
-    """``forward`` maps uint8 images [B, H, W, 3] on the device to [B, D]. The ranks share the work; all get all."""
+    """``forward`` maps uint8 images [B, H, W, 3] on the device to [B, D]. The ranks share the work; all get all.
+
+    ``say`` takes a line of progress now and then.
+    """
     values: list[Tensor] = []
     waiting: list[Tensor] = []
     labels: dict[str, list[Tensor]] = {name: [] for name in loader.label_fields}
     batches = loader.batches(samples[process.rank :: process.world_size])
+    count, began = 0, time.monotonic()
+    told = began
     for images, found in on_device(batches, process.device):
         waiting.append(forward(images).float())
         if len(waiting) == BATCHES_WAITING:  # reading a result makes the device wait for the host: seldom
             values, waiting = [*values, torch.cat(waiting).cpu()], []
+        count, now = count + len(images), time.monotonic()
+        if now - told > SECONDS_BETWEEN_LINES and process.is_main and say is not None:
+            told, done = now, min(len(samples), count * process.world_size)
+            left = (now - began) / count * max(0, len(samples) / process.world_size - count)
+            rate = done / (now - began)
+            say(f"  features: {done:,} of {len(samples):,} images, {rate:,.0f} images/s, {left:.0f} s left")
         for name, label in found.items():
             labels[name].append(label)
     values += [part.cpu() for part in waiting]

@@ -102,8 +102,6 @@ def fine_tune(
         )
         encoder.train()
         accuracy[epoch] = 100.0 * float((measured["predictions"] == measured["labels"]).float().mean())
-        if process.is_main:
-            say(f"fine-tuning: after epoch {epoch} {accuracy[epoch]:.2f} % of validation")
 
     encoder.train()
     rate = fit(

@@ -82,6 +82,7 @@ class TrainedHeads:
 
     grid: list[dict]  # each head with its "value", percent of validation
     predictions: Tensor  # [m], of the best head
+    every_prediction: Tensor  # [m, H], in the order of the grid
     seconds: float
     images: int  # that went through, over all epochs
 
@@ -149,6 +150,7 @@ def train_heads(
     return TrainedHeads(
         [{**asdict(head), "value": value} for head, value in zip(grid.order, values, strict=True)],
         predictions[:, best],
+        predictions,
         seconds,
         recipe.epochs * steps * recipe.batch,
     )

@@ -66,7 +66,7 @@ def combine(measured: list[tuple[Encoder, list[Measurement]]]) -> list[TaskResul
                 metric=own.metric,
                 unit=own.unit,
                 value=best["value"],
-                best_head={name: value for name, value in best.items() if name != "value"},
+                best_head={name: value for name, value in best.items() if name not in ("value", "values")},
                 grid=own.grid,
                 baselines=baselines,
                 extra=own.extra,

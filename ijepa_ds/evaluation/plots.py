@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,26 +58,45 @@ def draw_results(
     *,
     neighbours: Neighbours | None = None,
     regression: Regression | Sequence[Regression] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """All pictures of one results.json (schema 1) into ``folder``; returns their paths.
+
+    Heat maps are drawn of grids over learning rates and weight decays, of which other tasks have none.
+
+    Args:
+        results: read as JSON.
+        folder: is made.
+        neighbours: to show.
+        regression: one or several, to show.
+        warn: takes a line for a picture that cannot be drawn or written; without it the first one raises.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    figures: dict[str, Figure] = {}
+    figures: dict[str, Callable[[], Figure]] = {}
     for task in results["tasks"]:
         name = f"{task['task']}_{task['label']}"
-        if len(task.get("grid") or []) > 1:
-            figures[_unused(f"grid_{name}", figures)] = grid_figure(task)
+        points = [point for point in task.get("grid") or [] if "lr" in point]
+        if len(points) > 1:
+            figures[_unused(f"grid_{name}", figures)] = partial(grid_figure, {**task, "grid": points})
         if task.get("confusion"):
-            figures[_unused(f"confusion_{name}", figures)] = confusion_figure(task)
+            figures[_unused(f"confusion_{name}", figures)] = partial(confusion_figure, task)
     if results["tasks"]:
-        figures["baselines"] = baseline_figure(results["tasks"], source=results.get("source", ""))
+        figures["baselines"] = partial(baseline_figure, results["tasks"], source=results.get("source", ""))
     for one in [regression] if isinstance(regression, Regression) else regression or []:
-        figures[_unused(f"regression_{one.label}", figures)] = regression_figure(one)
+        figures[_unused(f"regression_{one.label}", figures)] = partial(regression_figure, one)
     if neighbours is not None:
-        figures["neighbours"] = neighbours_figure(neighbours)
-    return [save(figure, Path(folder) / f"{name}.png") for name, figure in figures.items()]
+        figures["neighbours"] = partial(neighbours_figure, neighbours)
+    paths = []
+    for name, draw in figures.items():
+        try:
+            paths.append(save(draw(), Path(folder) / f"{name}.png"))
+        except Exception as error:
+            if warn is None:
+                raise
+            warn(f"the picture {name}.png is missing: {error}")
+    return paths
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -281,7 +301,7 @@ def _deviation(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _unused(name: str, taken: dict[str, Figure]) -> str:
+def _unused(name: str, taken: dict[str, Any]) -> str:
     """``name`` as a file's, with a number where it is taken."""
     name = re.sub(r"[^\w.-]+", "_", name)
     number = next(k for k in range(1, len(taken) + 2) if (name if k == 1 else f"{name}_{k}") not in taken)

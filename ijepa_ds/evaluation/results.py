@@ -14,6 +14,8 @@ from ijepa_ds.errors import UserError
 
 SCHEMA = 1
 BASELINES = ("random", "pixels")
+# What an entry of a grid says beside which head it is.
+NOT_OF_THE_HEAD = ("features", "value", "deviation", "values")
 
 
 @dataclass
@@ -92,21 +94,37 @@ def format_table(tasks: list[TaskResult]) -> str:
 
     ``*`` marks the kind that is reported; each number is the best of its own heads.
     """
-    columns = f"{'label':<10}{'probe':<10}{'features':<9}{'trained':>11}{'random':>17}{'pixels':>9}{'margin':>29}  head"
-    lines = ["", columns]
+    table = [("label", "probe", "features", "trained", "random", "pixels", "margin over random", "head")]
     for result in tasks:
         pixels = max(result.baselines["pixels"]["values"])
         for features in dict.fromkeys(head["features"] for head in result.grid):
             best = best_of(result.grid, features)
             mark = "*" if features == result.best_head["features"] else " "
             random = random_values(result, features)
-            head = " ".join(f"{key} {_short(best[key])}" for key in best if key not in ("features", "value"))
-            lines.append(
-                f"{result.label:<10}{result.task:<10}{features + mark:<9}{best['value']:>9.2f} {result.unit}"
-                f"{_mean_and_deviation(random) + ' ' + result.unit:>17}{pixels:>7.2f} {result.unit}"
-                f"{format_margin(best['value'], random):>29}  {head}"
+            deviation = best.get("deviation")
+            trained = f"{best['value']:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
+            cells = (
+                f"{trained} {result.unit}",
+                f"{_mean_and_deviation(random)} {result.unit}",
+                f"{pixels:.2f} {result.unit}",
+                format_margin(best["value"], random),
+                " ".join(f"{key} {_short(best[key])}" for key in best if key not in NOT_OF_THE_HEAD),
             )
-    return "\n".join(lines)
+            table.append((result.label, result.task, features + mark, *cells))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if 3 <= column < 7 else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    notes = ["", "* is reported; each number is the best of its own heads"]
+    if any(len(result.baselines["random"]["values"]) > 1 for result in tasks):
+        notes.append("random: mean ± deviation over the random encoders, sd in the margin is that deviation")
+    if any(head.get("deviation") is not None for result in tasks for head in result.grid):
+        notes.append("lowshot, trained: mean ± deviation over the draws of labelled images")
+    return "\n".join(["", *lines, *notes])
 
 
 def random_values(result: TaskResult, features: str | None = None) -> list[float]:

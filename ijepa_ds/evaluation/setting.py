@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,7 +17,21 @@ from ijepa_ds.evaluation.encoders import Encoder
 from ijepa_ds.evaluation.labels import CLEVR_EDGES, Classes, binned, classes_of
 from ijepa_ds.evaluation.measurement import Measurement
 from ijepa_ds.evaluation.recipes import Recipe, adapted
+from ijepa_ds.ijepa import normalize_images
 from ijepa_ds.labelled_loader import AugmentedLoader
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class FewLabels:
+    """What --task lowshot takes: the files of a list, or so many images a class in each of several draws."""
+
+    split_list: str | None = None
+    per_class: tuple[int, ...] = (13,)
+    draws: int = 3
+    finetune: bool = False
+    finetune_lr: float | None = None  # instead of the recipe's
 
 
 @dataclass
@@ -35,18 +50,39 @@ class Setting:
     weight_decays: list[float] | None = None
     bins: str = "auto"
     crop_share: float | None = None
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of a pixel's full range, as the encoder was trained
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    few: FewLabels = FewLabels()
     say: Callable[[str], None] = print
+    told: float = field(default_factory=time.monotonic)  # when progress was last said
     augmented: AugmentedLoader | None = None  # made when first needed: compiling it takes seconds
 
-    def adapt(self, recipe: Recipe) -> Recipe:
-        """``recipe`` with what was asked for instead, its batch no larger than the training images."""
+    def adapt(self, recipe: Recipe, num_images: int | None = None) -> Recipe:
+        """``recipe`` with what was asked for instead, its batch no larger than the training images, or ``num_images``
+        where only so many are labelled."""
         asked = adapted(recipe, epochs=self.epochs, batch=self.batch, lrs=self.lrs, weight_decays=self.weight_decays)
-        fitted = asked.fitted_to(len(self.data.samples["train"]))
-        if fitted.batch < self.process.world_size:
-            raise UserError(f"a batch of {fitted.batch} cannot be shared by {self.process.world_size} processes")
-        if fitted.batch < asked.batch:
+        fitted = asked.fitted_to(len(self.data.samples["train"]) if num_images is None else num_images)
+        self.check_batch(fitted.batch)
+        if fitted.batch < asked.batch and num_images is None:
             self.say(f"the batch of {asked.batch} becomes {fitted.batch}: there are no more training images")
         return fitted
+
+    def check_batch(self, batch: int) -> None:
+        """Raises:
+        UserError: some process would have no image of a batch.
+        """
+        if batch < self.process.world_size:
+            raise UserError(f"a batch of {batch} cannot be shared by {self.process.world_size} processes")
+
+    def progress(self, name: str) -> Callable[[str], None]:
+        """Takes lines of progress of what is called ``name``, and says one every few seconds."""
+
+        def say_now_and_then(line: str) -> None:
+            if time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
+                self.told = time.monotonic()
+                self.say(f"  {name}: {line.strip()}")
+
+        return say_now_and_then
 
     def share(self) -> float:
         """The central crop's side over an image's shorter side."""
@@ -120,6 +156,12 @@ def measurement(
         images_per_second=setting.data.images_per_second() if rate is None else rate,
         **more,
     )
+
+
+def normalized(setting: Setting) -> Callable[[Tensor], Tensor]:
+    """uint8 images on the device [B, H, W, 3] -> [B, 3, H, W] in float32, as the encoder expects them."""
+    mean, std = (torch.tensor(values, device=setting.process.device) for values in (setting.mean, setting.std))
+    return functools.partial(normalize_images, mean=mean, std=std, dtype=torch.float32)
 
 
 def augmented_loader(setting: Setting) -> AugmentedLoader:

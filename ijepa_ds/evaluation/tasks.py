@@ -13,12 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ijepa_ds.errors import UserError
+from ijepa_ds.evaluation.attentive_task import attentive
 from ijepa_ds.evaluation.encoders import Encoder
 from ijepa_ds.evaluation.head_training import AugmentedFeatures, CachedFeatures, train_heads
 from ijepa_ds.evaluation.knn import knn_accuracy, nearest_neighbours
 from ijepa_ds.evaluation.labels import Classes, classes_of
 from ijepa_ds.evaluation.linear import linear_probe, ridge_regression
+from ijepa_ds.evaluation.lowshot_task import lowshot, subsets
 from ijepa_ds.evaluation.measurement import Measurement, confusion_matrix
 from ijepa_ds.evaluation.recipes import COUNT, DEPTH, LINEAR, PRESETS, Recipe
 from ijepa_ds.evaluation.setting import (
@@ -90,9 +91,7 @@ def linear(setting: Setting, encoder: Encoder) -> list[Measurement]:
 
 
 def transfer(setting: Setting, encoder: Encoder) -> list[Measurement]:
-    """SGD with Nesterov momentum by the preset's recipe, on any labelled images."""
-    if setting.preset is None:
-        raise UserError(f"--task transfer needs --preset: one of {', '.join(PRESETS)}, whose recipe is then used")
+    """SGD with Nesterov momentum by the recipe of ``setting.preset``, on any labelled images."""
     return [
         one
         for field in class_fields(setting)
@@ -215,6 +214,28 @@ def _logistic(setting: Setting, encoder: Encoder, field: str, features: tuple[Te
     )
 
 
+def check_tasks(setting: Setting, tasks: list[str]) -> None:
+    """Refuse what the last of ``tasks`` would stumble over before the first has run for hours.
+
+    Raises:
+        UserError: a label or classes that a task cannot use.
+    """
+    for task in tasks:
+        if task in ("logistic", "knn"):
+            fields = setting.labels or setting.data.fields
+        else:
+            fields = (own_field(setting, task),) if task in ("count", "depth") else class_fields(setting)
+        for field in fields:
+            if task == "count":
+                classes_of(field, *setting.data.labels(field))
+            elif task == "depth":
+                depth_bins(setting, field)
+            else:
+                any_classes(setting, field)
+            if task == "lowshot":
+                subsets(setting, field)
+
+
 def _augmentation_name(training: AugmentedFeatures | CachedFeatures) -> str:
     if isinstance(training, AugmentedFeatures):
         return "random resized crop, flip"
@@ -229,5 +250,7 @@ TASKS: dict[str, Measure] = {
     "count": count,
     "depth": depth,
     "transfer": transfer,
+    "lowshot": lowshot,
+    "attentive": attentive,
 }
 DEFAULT_TASKS = ("logistic", "knn")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +14,10 @@ from ijepa_ds.distributed import Process
 from ijepa_ds.encoder import Dimensions, VisionTransformer
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.attentive import AttentiveHead, attend, attentive_probe
+from ijepa_ds.evaluation.attentive_task import check_cached
+from ijepa_ds.evaluation.encoders import Encoder, small_pixels
 from ijepa_ds.evaluation.linear import linear_probe
+from ijepa_ds.evaluation.setting import Setting
 
 ALONE = Process(0, 1, torch.device("cpu"))
 
@@ -164,3 +170,17 @@ def test_mistakes_are_one_sentence():
         attentive_probe(lambda tokens: tokens, **(common | {"num_classes": 4, "batches": lambda epoch: [broken]}))
     with pytest.raises(UserError, match="no validation images"):
         attentive_probe(lambda tokens: tokens, **(common | {"num_classes": 4, "validation": list}))
+
+
+def test_tokens_that_do_not_fit_into_memory_are_refused_at_once():
+    module = VisionTransformer((16, 16), 4, Dimensions(8, 1, 1))
+    encoder = Encoder("trained", 0, 8, {}, small_pixels, module=module)
+    few = {"train": np.arange(5), "validation": np.arange(3)}
+    check_cached(setting_of(few), encoder)
+    many = {"train": np.arange(3), "validation": np.broadcast_to(0, 2**40)}  # 0 bytes as a view
+    with pytest.raises(UserError, match=r"would hold the tokens of 1099511627779 images.*: leave out --cached"):
+        check_cached(setting_of(many), encoder)
+
+
+def setting_of(samples: dict[str, np.ndarray]) -> Setting:
+    return Setting(data=SimpleNamespace(samples=samples, image_size=(16, 16)), process=ALONE, seed=0)

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -29,8 +30,9 @@ from distributed_runs import (
     write_config,
 )
 
+from ijepa_ds.evaluation.compare import main as compare_main
 from ijepa_ds.evaluation.results import Results, read_results
-from ijepa_ds.evaluation.target import checksum
+from ijepa_ds.evaluation.target import checksum, load_target
 
 
 @once
@@ -45,14 +47,14 @@ def validation_beton() -> Path:
 
 
 def evaluate(*arguments: object) -> tuple[int, str]:
-    """Exit code and output of the command."""
-    return run_command_forked("evaluate", *arguments)
+    """Exit code and output of the command, without pictures, which take a second or two."""
+    return run_command_forked("evaluate", *arguments, "--no-pictures")
 
 
 @once
 def evaluated() -> tuple[int, str]:
     data = ("--train", train_beton(), "--validation", validation_beton())
-    return evaluate("--checkpoint", trained().folder, *data, "--random-seeds", 2)
+    return run_command_forked("evaluate", "--checkpoint", trained().folder, *data, "--random-seeds", 2)
 
 
 def test_the_table_has_both_baselines_for_every_label() -> None:
@@ -95,6 +97,42 @@ def test_results_json() -> None:
     assert logistic.baselines["pixels"]["values"][0] > 80
 
 
+def test_pictures_are_drawn_and_named_and_the_same_in_tensorboard() -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = trained().folder / "evaluation"
+    output = evaluated()[1]
+    assert "warning: " not in output
+    names = {path.stem for path in (folder / "pictures").iterdir()}
+    assert names == {
+        *("confusion_logistic_label", "confusion_logistic_depth", "regression_depth_logistic"),
+        *("baselines", "neighbours"),
+    }
+    listed = output[output.index(f"pictures in {folder / 'pictures'}: ") :]
+    assert all(f"{name}.png" in listed for name in names)
+    assert output.index("written: ") < output.index("pictures in ")
+    events = EventAccumulator(str(folder / "tensorboard" / "trained")).Reload()
+    assert set(events.Tags()["images"]) == {f"evaluation/{name}" for name in names}
+
+
+def test_compare_reads_what_evaluate_wrote(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluated()[0] == 0
+    files = [trained().folder, FOLDER / "grids"]
+    tasks = [*read_results(files[0] / "evaluation" / "results.json").tasks, *grids().tasks]
+    assert compare_main([*map(str, files), "--paper", "--json"]) == 0
+    comparison = json.loads(capsys.readouterr().out)
+    assert comparison["warnings"] == [] and len(comparison["rows"]) == len(tasks)
+    for row, task in zip(comparison["rows"], tasks, strict=True):
+        (cell,) = [cell for cell in row["cells"] if cell is not None]
+        assert (row["task"], row["label"].split(" (")[0], cell["value"]) == (task.task, task.label, task.value)
+        assert cell["random"] == pytest.approx(statistics.mean(task.baselines["random"]["values"]))
+        assert cell["pixels"] == task.baselines["pixels"]["values"][0] and cell["train_images"] == task.train_images
+    papers = {row["task"]: row["paper"].get("H/14") for row in comparison["rows"]}
+    assert (papers["lowshot"], papers["transfer"], papers["attentive"]) == (73.3, 87.5, None)
+    assert compare_main(list(map(str, files))) == 0
+    assert "label/3" in capsys.readouterr().out
+
+
 def scores_of(path: Path) -> list[tuple]:
     return [(t.task, t.label, t.grid, t.baselines, t.confusion) for t in read_results(path).tasks]
 
@@ -125,9 +163,8 @@ def test_files_of_others_say_which_encoder_they_hold() -> None:
     assert results.checkpoint_sha256 == hashlib.sha256((FOLDER / "released.pth.tar").read_bytes()).hexdigest()
     # timm's names, and nothing that says which of the two it is.
     torch.save(load_file(exported_weights()), FOLDER / "timm.pth")
-    code, output = evaluate("--checkpoint", FOLDER / "timm.pth", *data, FOLDER / "timm")
-    assert code == 0 and "measuring an encoder that does not say which it is of " in output, output
-    assert read_results(FOLDER / "timm" / "results.json").encoder == "unknown"
+    target = load_target(FOLDER / "timm.pth", heads=2)
+    assert target.encoder == "unknown" and target.say().startswith("an encoder that does not say which it is of ")
 
 
 def exported_weights() -> Path:
@@ -139,22 +176,26 @@ def released_names() -> dict[str, torch.Tensor]:
     return {f"module.{name}": tensor for name, tensor in load_file(exported_weights()).items()}
 
 
-GRIDS = ("--task", "linear", "depth", "transfer", "--preset", "cifar100", "--epochs", 3, "--random-seeds", 1)
+GRIDS = (
+    *("--task", "linear", "depth", "transfer", "lowshot", "attentive", "--preset", "cifar100", "--epochs", 3),
+    *("--random-seeds", 1, "--per-class", 3, "--draws", 2, "--finetune", "--finetune-lr", 1e-3, "--no-pictures"),
+)
 
 
 @once
 def grids() -> Results:
     out = FOLDER / "grids"
     data = ("--train", train_beton(), "--validation", validation_beton(), "--out", out)
-    code, output = evaluate("--checkpoint", trained().folder, *data, *GRIDS)
+    code, output = run_command_forked("evaluate", "--checkpoint", trained().folder, *data, *GRIDS)
     assert code == 0, output
+    assert not (out / "pictures").exists() and "%" not in output[: output.index("margin")]
     assert "the batch of 16384 becomes 67: there are no more training images" in output
     assert all(f"{word} " in output for word in ("norm", "lr", "weight_decay")) and " sd" not in output
     return read_results(out / "results.json")
 
 
 def test_the_head_grids_of_three_protocols() -> None:
-    tasks = {task.task: task for task in grids().tasks}
+    tasks = {task.task: task for task in grids().tasks if task.task in ("linear", "depth", "transfer")}
     assert {name: (task.label, len(task.grid)) for name, task in tasks.items()} == {
         "linear": ("label", 48),
         "depth": ("depth", 4),
@@ -176,6 +217,33 @@ def test_the_head_grids_of_three_protocols() -> None:
     assert len(tasks["depth"].extra["true_values"]) == len(tasks["depth"].extra["predicted_values"]) == 40
 
 
+def test_low_shot_by_three_methods() -> None:
+    (task,) = [task for task in grids().tasks if task.task == "lowshot"]
+    assert (task.label, task.train_images, task.extra["images"]) == ("label/3", 12, [12, 12])
+    counts = {method: sum(head["method"] == method for head in task.grid) for method in task.extra["methods"]}
+    assert counts == {"logistic": 2, "grid": 48, "finetune": 1}
+    for head in task.grid:
+        assert len(head["values"]) == 2 and head["value"] == pytest.approx(statistics.mean(head["values"]))
+        assert head["deviation"] == pytest.approx(statistics.stdev(head["values"]))
+    assert task.value == max(head["value"] for head in task.extra["methods"].values())
+    assert task.extra["methods"][task.extra["best_method"]]["value"] == task.value
+    assert task.extra["finetuning"]["epochs"] == 3 and task.extra["finetuning"]["lr"] == 1e-3
+    best = next(head for head in task.grid if head["value"] == task.value)
+    right = sum(task.confusion[k][k] for k in range(4))
+    assert 100 * right / 40 == pytest.approx(best["values"][0])  # the first draw's
+    (random,), (pixels,) = (task.baselines[name]["grids"] for name in ("random", "pixels"))
+    assert "finetune" in {head["method"] for head in random}
+    assert {head["method"] for head in pixels} == {"logistic", "grid"} and {h["features"] for h in pixels} == {"pixels"}
+
+
+def test_attentive_probes() -> None:
+    (task,) = [task for task in grids().tasks if task.task == "attentive"]
+    assert (task.label, len(task.grid), task.train_images) == ("label", 9, 67)
+    assert task.extra["augmentation"] == "random resized crop, flip" and task.extra["batch"] == 67
+    assert {head["features"] for head in task.grid + task.baselines["random"]["grids"][0]} == {"tokens"}
+    assert task.baselines["pixels"]["values"][0] > 80 and sum(map(sum, task.confusion)) == 40
+
+
 def test_scalars_for_tensorboard() -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -186,6 +254,10 @@ def test_scalars_for_tensorboard() -> None:
             (event,) = events.Scalars(f"evaluation/{task.task}/{task.label}")
             expected = task.value if name == "trained" else task.baselines[name]["values"][0]
             assert event.step == 2 and event.value == pytest.approx(expected)
+            if task.task == "depth":
+                (event,) = events.Scalars("evaluation/depth/depth/mean_absolute_error")
+                errors = (task.extra if name == "trained" else task.baselines[name])["mean_absolute_error"]
+                assert event.value == pytest.approx(errors if name == "trained" else errors[0])
 
 
 def evaluate_on_ranks(arguments: list[str]) -> None:
@@ -226,16 +298,18 @@ def test_cached_features_and_another_image_size() -> None:
     out = FOLDER / "cached"
     data = ("--train", train_beton(), "--validation", validation_beton(), "--out", out, "--random-seeds", 1)
     some = ("--train-images", 60, "--label", "label", "--lr", 0.1, 0.01, "--batch", 20, "--epochs", 30)
-    grid = ("--task", "linear", "--cached", "--image-size", 24, *some)
+    grid = ("--task", "linear", "attentive", "--cached", "--image-size", 24, *some)
     code, output = evaluate("--checkpoint", trained().folder, *data, *grid)
     assert code == 0, output
     results = read_results(out / "results.json")
     assert results.config["ijepa"]["data"]["image_size"] == [24, 24]
-    linear, logistic = results.tasks
-    assert (linear.task, logistic.task) == ("linear", "logistic")
+    linear, logistic, attentive = results.tasks
+    assert (linear.task, logistic.task, attentive.task) == ("linear", "logistic", "attentive")
+    assert attentive.extra["augmentation"] == "none" and {head["lr"] for head in attentive.grid} == {0.1, 0.01}
     assert linear.extra["augmentation"] == "none" and linear.train_images == 60
     assert {head["lr"] for head in linear.grid} == {0.1, 0.01, 0.1 * 20 / 256, 0.01 * 20 / 256}
     assert linear.baselines["pixels"]["values"][0] > 80  # it learns
+    assert attentive.value > 60, attentive.grid
 
 
 def damaged_run(what: str) -> Path:

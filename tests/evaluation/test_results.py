@@ -52,12 +52,25 @@ def test_a_result_without_a_baseline_is_none(missing):
 
 
 def test_the_table_has_a_row_for_each_kind_of_features():
-    lines = format_table(combine(everything())).splitlines()[2:]
+    table, notes = format_table(combine(everything())).strip().split("\n\n")
+    lines = table.splitlines()[1:]
+    assert "* is reported" in notes and "random: mean" in notes and "draws" not in notes
     assert [line.split()[:3] for line in lines] == [["depth", "depth", "last"], ["depth", "depth", "last4*"]]
     assert "50.00 %" in lines[0] and "32.00 ± 2.83 %" in lines[0] and "20.00 %" in lines[0]
     assert "+18.0 points = +6.4 sd" in lines[0] and lines[0].endswith("lr 0.1")
     single = combine([everything()[place] for place in (0, 1, 3)])
     assert "+20.0 points  " in format_table(single) and "±" not in format_table(single)
+
+
+def test_what_was_measured_over_draws_is_a_mean_with_its_deviation():
+    found = everything()
+    for _, (one,) in found:
+        one.grid[0] |= {"method": "logistic", "values": [1.0, 2.0], "deviation": 1.25}
+    (result,) = combine(found)
+    lines = format_table([result]).splitlines()
+    assert "50.00 ± 1.25 %" in lines[2] and lines[2].endswith("lr 0.1 method logistic")
+    assert lines[-1].startswith("lowshot, trained: mean ± deviation over the draws")
+    assert len({line.index("%") for line in lines[2:4]}) == 1, "columns are in line"
 
 
 def test_the_file_gives_back_what_was_written(tmp_path):

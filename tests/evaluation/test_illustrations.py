@@ -1,0 +1,64 @@
+"""Pictures of an evaluation: they show the neighbours that were found, and no failure of theirs loses a result."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ijepa_ds.distributed import Process
+from ijepa_ds.evaluation import plots
+from ijepa_ds.evaluation.data import LabelledData
+from ijepa_ds.evaluation.illustrations import illustrate
+from ijepa_ds.evaluation.results import Results, TaskResult
+from ijepa_ds.evaluation.setting import Setting
+
+
+@pytest.fixture(scope="module")
+def setting(make_beton, tmp_path_factory) -> Setting:
+    labels = {"label": [k % 3 for k in range(12)]}
+    path = make_beton(tmp_path_factory.mktemp("pictures") / "a.beton", 12, (16, 16), labels, write_mode="raw")
+    process = Process(0, 1, torch.device("cpu"))
+    data = LabelledData(
+        (str(path), str(path)), limits=(6, None), image_size=(16, 16), micro_batch=5, num_workers=1, process=process
+    )
+    return Setting(data=data, process=process, seed=0)
+
+
+def results() -> Results:
+    baselines = {name: {"values": [30.0], "grids": []} for name in ("random", "pixels")}
+    found = [{"query": query, "train": [2, 6, 10, 0, 4, 8]} for query in (0, 5, 5)]
+    knn = TaskResult("knn", "label", "accuracy", "%", 40.0, {}, [], baselines, extra={"neighbours": found})
+    pairs = {"true_values": [1.0, 2.0], "predicted_values": [1.5, 1.5]}
+    confusion = [[1, 0], [1, 1]]
+    depth = TaskResult("depth", "depth", "accuracy", "%", 40.0, {}, [], baselines, extra=pairs, confusion=confusion)
+    return Results("a run", "target", None, {}, {}, {}, [knn, depth])
+
+
+def test_neighbours_are_shown_with_their_images_and_classes(setting, tmp_path, monkeypatch, capsys):
+    shown = []
+    draw = plots.neighbours_figure
+    monkeypatch.setattr(plots, "neighbours_figure", lambda one: shown.append(one) or draw(one))
+    paths = illustrate(results(), tmp_path, setting, step=3)
+    names = {path.name for path in paths}
+    assert names == {"confusion_depth_depth.png", "baselines.png", "regression_depth.png", "neighbours.png"}
+    line = capsys.readouterr().out
+    assert all(name in line for name in names) and "warning" not in line
+    (one,) = shown
+    images = torch.cat([i.clone() for i in setting.data.images("validation", np.arange(12), crop_share=1.0)]).numpy()
+    assert np.array_equal(one.queries, images[[0, 5]]) and one.query_labels == ["0", "2"]
+    assert np.array_equal(one.images[1], images[[2, 6, 10, 0, 4]]) and one.labels[0] == ["2", "0", "1", "0", "1"]
+    assert list((tmp_path / "tensorboard" / "trained").iterdir())
+
+
+def test_a_picture_that_fails_is_a_line_and_the_others_are_drawn(setting, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise ZeroDivisionError("no bins")
+
+    monkeypatch.setattr(plots, "confusion_figure", fail)
+    paths = illustrate(results(), tmp_path, setting, step=3)
+    assert {path.name for path in paths} == {"baselines.png", "regression_depth.png", "neighbours.png"}
+    assert "warning: the picture confusion_depth_depth.png is missing: no bins" in capsys.readouterr().out
+    monkeypatch.setattr(plots, "draw_results", fail)
+    assert illustrate(results(), tmp_path, setting, step=3) == []
+    assert "warning: pictures are missing" in capsys.readouterr().out
