@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import queue
+import signal
 from collections.abc import Callable, Sequence
 from multiprocessing import Value
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+# Started in the background of a script, everything here would ignore an interrupt, and so would what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def smooth_image(index: int, size: tuple[int, int]) -> np.ndarray:
