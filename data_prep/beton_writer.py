@@ -14,7 +14,9 @@ import mmap
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
@@ -37,6 +39,7 @@ REPORT_BYTES = (
     2000  # below PIPE_BUF (4096), so that reports of several workers do not mix and a killed one leaves no half report
 )
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # prctl's "send me this signal when my parent dies", of Linux
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -121,6 +124,7 @@ def send_report(reports: Connection, sample: int, text: str) -> None:
 
 def work(reports: Connection, job: Callable, arguments: tuple) -> None:
     """One worker process. Leaves with a non-zero code after an error, which it reports."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # FFCV's workers wait for one another: they must not outlive us
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
@@ -193,33 +197,35 @@ class BetonWriter(DatasetWriter):
         processes = [
             FORK.Process(target=work, args=(reports_end, work_fn, shared), daemon=True) for _ in range(self.num_workers)
         ]
-        try:
-            start(processes)
-            self._watch(processes, done)
-        finally:
-            end(processes)
+        with interrupts_put_off() as interrupts:
+            try:
+                start(processes)
+                self._watch(processes, done, interrupts)
+            finally:
+                end(processes)
         # FFCV does not look at how much a write took, and a full disk may take a part of a page without an error.
         num_pages = allocator.next_page_allocated.value
         if num_pages and os.path.getsize(self.fname) < allocator.offset + num_pages * self.page_size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._drop_unreadable(table.rows)
 
-    def _watch(self, processes: list, done: ctypes.c_uint64) -> None:
-        """Wait for the workers to end, showing progress. Raises as soon as one fails."""
+    def _watch(self, processes: list, done: ctypes.c_uint64, interrupts: list[int]) -> None:
+        """Wait for the workers to end, or for an interrupt, showing progress. Raises as soon as a worker fails."""
         progress = Progress(self.num_samples)
-        while running := [process.sentinel for process in processes if process.exitcode is None]:
+        codes: list[int | None] = [None]
+        while None in codes and not interrupts:
+            running = [process.sentinel for process in processes if process.exitcode is None]
             wait([*running, self.reports], timeout=0.25)
-            self._take_reports()
-            for process in processes:
-                if process.exitcode:
-                    self._take_reports()  # it may have said why
-                    how = f"killed by {signal.Signals(-process.exitcode).name}" if process.exitcode < 0 else "stopped"
+            codes = [process.exitcode for process in processes]  # looked at once: each failure is seen below
+            self._take_reports()  # a worker that failed may have said why
+            for code in codes:
+                if code:
+                    how = f"killed by {signal.Signals(-code).name}" if code < 0 else "stopped"
                     raise UserError(
                         f"a worker process was {how} after about {done.get_obj().value} of {self.num_samples} images "
                         "and nothing was kept: if memory was short, start again with fewer --workers"
                     )
             progress.show(done.get_obj().value)  # without its lock, which a killed worker may hold for ever
-        self._take_reports()
         progress.end(done.get_obj().value)
 
     def _take_reports(self) -> None:
@@ -257,8 +263,29 @@ class BetonWriter(DatasetWriter):
         )  # one array in the list: FFCV makes its table of it without going through a million tuples
 
 
+@contextmanager
+def interrupts_put_off() -> Iterator[list[int]]:
+    """Collect the signals that would interrupt, and raise the first again when the block is left.
+
+    An exception from a signal's handler inside ``fork`` would be lost, or lose a child that was just made. Blocking the
+    signals is not enough: it concerns one thread, and another may receive them.
+    """
+    caught: list[int] = []
+    before: dict[int, object] = {}
+    if threading.current_thread() is threading.main_thread():  # signals are its alone
+        held = [number for number in INTERRUPTS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+        before = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in held}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if caught:
+            signal.raise_signal(caught[0])
+
+
 def start(processes: list) -> None:
-    """Fork, with interrupts put off: an exception from a signal's handler is lost inside fork's callbacks."""
+    """Fork, with interrupts blocked: a child hears them when it has set handlers of its own."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     try:
         for process in processes:

@@ -7,11 +7,13 @@ import gzip
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -534,6 +536,26 @@ def test_an_interrupt_cleans_up(
     assert time.monotonic() - started < 30
     assert leftovers(tmp_path) == ["in"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_interrupt_that_another_thread_receives_while_forking(classes: Path, tmp_path: Path) -> None:
+    """Python runs the handler in the main thread, inside fork, whose callbacks swallow what it raises."""
+
+    def receive() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        signal.raise_signal(signal.SIGTERM)
+
+    def while_forking() -> None:
+        if pending:
+            thread = threading.Thread(target=pending.pop())
+            thread.start()
+            thread.join()
+
+    pending = [receive]
+    os.register_at_fork(after_in_parent=while_forking)  # stays registered, and does nothing more
+    assert convert(classes, tmp_path / "out.beton", "--workers", 2) == 143
+    assert leftovers(tmp_path) == ["in"]
+    assert multiprocessing.active_children() == []
 
 
 def test_verify_finds_damage(classes: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
