@@ -23,7 +23,7 @@ from ijepa_ds.foreign import ReferenceCheckpoint, read_reference
 from ijepa_ds.inferred_config import infer_config, size_differences
 from ijepa_ds.optimizer import ENCODER, build_optimizer
 from ijepa_ds.run_folder import RunFolder
-from ijepa_ds.shards import MasterShard, Placement
+from ijepa_ds.shards import MasterShard, replicated_shards
 from ijepa_ds.target_encoder import TargetEncoder
 
 _HELP = """
@@ -126,20 +126,9 @@ def _whole_shards(model: torch.nn.Module, config: Config) -> list[MasterShard]:
     """One shard a trained parameter, whole, in the optimizer's groups: what a checkpoint is made of."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     optimization = config.ijepa.optimization
-    groups = build_optimizer(model, betas=optimization.betas, eps=optimization.eps).param_groups
-    return [
-        MasterShard(
-            group["name"],
-            (Placement(names[id(parameter)], 0, parameter.shape),),
-            0,
-            parameter.data.view(-1),
-            parameter.data.view(-1),
-            None,
-            parameter,
-        )
-        for group in groups
-        for parameter in group["params"]
-    ]
+    param_groups = build_optimizer(model, betas=optimization.betas, eps=optimization.eps).param_groups
+    groups = [group["params"] for group in param_groups]
+    return replicated_shards(groups, groups, param_groups, names)
 
 
 def _no_moments(shard: MasterShard) -> dict[str, Tensor]:

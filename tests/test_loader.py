@@ -569,7 +569,7 @@ def test_a_file_cut_anywhere_is_refused(copy):
     for length in sorted(lengths, reverse=True):
         with copy.open("r+b") as file:
             file.truncate(length)
-        refusal(copy)
+        assert refusal(copy)
 
 
 def test_an_empty_file_zeros_random_bytes_and_text_are_refused(tmp_path):
@@ -583,7 +583,7 @@ def test_random_bytes_behind_a_right_version_are_refused(tmp_path):
     path = tmp_path / "bad.beton"
     for seed in range(30):
         path.write_bytes(b"\2\0" + np.random.default_rng(seed).bytes(5_000))
-        refusal(path)
+        assert refusal(path)
 
 
 def test_a_header_with_any_changed_byte_is_refused_or_read_as_it_stands(copy):

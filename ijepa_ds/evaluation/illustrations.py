@@ -35,15 +35,10 @@ def illustrate(results: Results, folder: Path, setting: Setting, *, step: int) -
             for task in results.tasks
             if "true_values" in task.extra
         ]
-        neighbours = None
-        try:
-            neighbours = _neighbours(results, setting)
-        except Exception as error:
-            warn(f"the picture neighbours.png is missing: {error}")
         places = draw_results(
             dataclasses.asdict(results),
             folder / "pictures",
-            neighbours=neighbours,
+            neighbours=_neighbours(results, setting),
             regression=regressions,
             warn=warn,
         )
