@@ -22,7 +22,8 @@ from ijepa_ds.monitor import duration
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "ds_configs/scenes_tiny.json"
-PROBE_IMAGES = 8000  # enough for a probe of 512 features, and half the time of all
+# Enough images for a probe of 512 features, in half the time of all; random encoders enough to estimate a deviation.
+PROBE = ["--train-images", "8000", "--random-seeds", "5"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,8 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         _call("pretrain", [*command, *(part for override in overrides for part in ("--set", override))])
     results = run / "evaluation" / "results.json"
     if not results.exists() or results.stat().st_mtime < export.stat().st_mtime:
-        limit = ["--train-images", str(PROBE_IMAGES)]
-        _call("evaluate", [sys.executable, "-m", "ijepa_ds", "evaluate", "--checkpoint", str(run), *limit])
+        _call("evaluate", [sys.executable, "-m", "ijepa_ds", "evaluate", "--checkpoint", str(run), *PROBE])
     _summarise(run, results, time.monotonic() - began)
     return 0
 

@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run_demo(tmp_path: Path) -> str:
     command = [sys.executable, "-m", "ijepa_ds", "demo", "--images", "300", "--validation-images", "200"]
-    settings = [f"ijepa.run.folder={tmp_path}/runs", "ijepa.optimization.epochs=2", "ijepa.monitor.log_steps=1"]
-    settings.append("train_micro_batch_size_per_gpu=32")
+    settings = [f"ijepa.run.folder={tmp_path}/runs", "ijepa.optimization.epochs=1", "ijepa.monitor.log_steps=1"]
+    settings.append("train_micro_batch_size_per_gpu=16")
     arguments = ["--data", str(tmp_path / "scenes"), *(part for item in settings for part in ("--set", item))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command + arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
