@@ -92,11 +92,28 @@ def build_engine(model: IJEPA, config: Config) -> tuple[deepspeed.DeepSpeedEngin
         raise UserError(f"DeepSpeed refuses this configuration: {' '.join(str(error).split())}") from error
     shards = master_shards(engine)
     set_masters(shards, exact)
+    if engine.optimizer is optimizer:
+        _skip_steps_without_finite_gradients(optimizer)
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for shard in shards:  # ZeRO 0 with bf16 has taken a step with zero gradients: AdamW would count one too many
         for value in inner.state.get(shard.adam_key, {}).values():
             value.zero_()
     return engine, shards
+
+
+def _skip_steps_without_finite_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Do for torch's optimizer, which ZeRO 0 without bf16 runs as it is, what DeepSpeed's own do."""
+    optimizer.overflow = False  # where DeepSpeed's engine looks whether a step was skipped
+
+    def check(*_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        optimizer.overflow = not bool(norm.isfinite())  # the same on all ranks, which share the gradients
+        if optimizer.overflow:
+            for parameter in parameters:
+                parameter.grad = None  # torch's optimizers pass over these
+
+    optimizer.register_step_pre_hook(check)
 
 
 def master_shards(engine: deepspeed.DeepSpeedEngine) -> list[MasterShard]:

@@ -124,14 +124,7 @@ def test_one_dimensional_tensors_do_not_decay(world_size: int, stage: int, preci
             assert decay == (0.05 if result["dimensions"][name] > 1 else 0.0), name
 
 
-NOT_SKIPPED = [case for case in CASES if case[1] == 0 and not case[2].startswith("bf16")]
-GAP = pytest.mark.xfail(strict=True, reason="ZeRO 0 without bf16 is torch's AdamW alone: it applies NaN gradients")
-
-
-@pytest.mark.parametrize(
-    ("world_size", "stage", "precision"),
-    [pytest.param(*case, marks=GAP) if case in NOT_SKIPPED else case for case in CASES],
-)
+@pytest.mark.parametrize(("world_size", "stage", "precision"), CASES)
 def test_a_step_with_a_nan_gradient_is_skipped(world_size: int, stage: int, precision: str) -> None:
     for result in results_of(world_size, stage, precision):
         assert result["skipped"] and result["finite"] and result["unchanged"] and result["target_kept"]
