@@ -13,6 +13,8 @@ import pytest
 
 # Started in the background of a script, everything here would ignore an interrupt, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # and a hang-up under nohup: ignore it, but do not pass that on
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 def smooth_image(index: int, size: tuple[int, int]) -> np.ndarray:
