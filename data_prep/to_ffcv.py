@@ -251,7 +251,10 @@ def printable(name: str) -> str:
 
 @contextlib.contextmanager
 def termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Terminated inside. Signals are the main thread's: elsewhere this does nothing."""
+    """SIGTERM and SIGHUP raise Terminated inside, unless ignored: under nohup a hang-up must not end the conversion.
+
+    Signals are the main thread's: elsewhere this does nothing.
+    """
 
     def interrupt(number: int, frame: object) -> None:
         raise Terminated
@@ -259,7 +262,8 @@ def termination_as_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:

@@ -538,6 +538,18 @@ def test_an_interrupt_cleans_up(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_hang_up_that_is_ignored_stays_ignored(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        in_worker(monkeypatch, lambda: os.kill(os.getppid(), signal.SIGHUP))
+        assert convert(classes, tmp_path / "out.beton", "--workers", 2) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_an_interrupt_that_another_thread_receives_while_forking(classes: Path, tmp_path: Path) -> None:
     """Python runs the handler in the main thread, inside fork, whose callbacks swallow what it raises."""
 
