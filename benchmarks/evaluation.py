@@ -32,16 +32,16 @@ sys.path.insert(0, str(ROOT))
 
 from ijepa_ds.build import build_encoder  # noqa: E402
 from ijepa_ds.config import parse_config  # noqa: E402
-from ijepa_ds.dataset import inspect_dataset  # noqa: E402
+from ijepa_ds.data.beton import inspect_dataset  # noqa: E402
+from ijepa_ds.data.image_loader import AugmentedLoader, EvaluationLoader  # noqa: E402
 from ijepa_ds.distributed import Process, share_cpu_threads  # noqa: E402
-from ijepa_ds.evaluation.encoders import Encoder, pooled_features  # noqa: E402
+from ijepa_ds.evaluation.candidates import Encoder, pooled_features  # noqa: E402
 from ijepa_ds.evaluation.features import extract_features  # noqa: E402
-from ijepa_ds.evaluation.head_training import AugmentedFeatures  # noqa: E402
-from ijepa_ds.evaluation.heads import HeadGrid, steps_per_epoch  # noqa: E402
-from ijepa_ds.evaluation.recipes import LINEAR  # noqa: E402
-from ijepa_ds.labelled_loader import AugmentedLoader, EvaluationLoader  # noqa: E402
+from ijepa_ds.evaluation.inputs import AugmentedFeatures  # noqa: E402
+from ijepa_ds.evaluation.probes.heads import HeadGrid, steps_per_epoch  # noqa: E402
+from ijepa_ds.evaluation.probes.recipes import LINEAR  # noqa: E402
 from ijepa_ds.random_streams import permutation  # noqa: E402
-from ijepa_ds.run_folder import git_commit, versions  # noqa: E402
+from ijepa_ds.run.provenance import git_commit, versions  # noqa: E402
 
 
 def main() -> None:

@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import numpy as np
 from ffcv.libffcv import imdecode
 from ffcv.reader import Reader
-from imagenet import pread_fully
-from images import JPG
-from progress import Progress
-from sidecar import sha256_of, sidecar_path
 
+from data_prep.images import JPG
+from data_prep.sidecar import sidecar_path
 from ijepa_ds.errors import UserError
+from ijepa_ds.files import pread_fully, sha256_of
+from ijepa_ds.progress import Progress
 
 SHOWN = 50  # bad samples that are listed by number
 SPAN = 256  # samples that a thread takes at a time

@@ -26,11 +26,11 @@ from ffcv.fields import FloatField, IntField, RGBImageField
 from ffcv.memory_allocator import MemoryAllocator
 from ffcv.types import ALLOC_TABLE_TYPE
 from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter, worker_job_indexed_dataset
-from images import EncodedImage, Encoding, UnreadableImage, decode_rgb, encode_image, quiet_decoding
-from progress import Progress
-from sources import Source
 
+from data_prep.images import EncodedImage, Encoding, UnreadableImage, decode_rgb, encode_image, quiet_decoding
+from data_prep.source import Source
 from ijepa_ds.errors import UserError
+from ijepa_ds.progress import Progress
 
 FORK = multiprocessing.get_context("fork")  # the workers inherit the source and the shared memory, nothing is pickled
 MAX_SPAN = 64  # samples a worker takes at a time

@@ -14,9 +14,10 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from sources import PackedNames, Source, is_image_name, suffix_of
 
+from data_prep.source import PackedNames, Source, is_image_name, suffix_of
 from ijepa_ds.errors import UserError
+from ijepa_ds.files import pread_fully
 
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 META = "data/meta.mat"
@@ -38,15 +39,6 @@ class TarSource(Source):
 
     def take(self, indices: np.ndarray) -> TarSource:
         return replace(super().take(indices), offsets=self.offsets[indices], sizes=self.sizes[indices])
-
-
-def pread_fully(descriptor: int, size: int, offset: int) -> bytes:
-    """``size`` bytes at ``offset``, fewer only at the end of the file (one pread may return less than asked)."""
-    parts: list[bytes] = []
-    while size and (part := os.pread(descriptor, size, offset)):
-        parts.append(part)
-        size, offset = size - len(part), offset + len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def open_imagenet_tar(path: str, *, unlabelled_wanted: bool) -> Source:

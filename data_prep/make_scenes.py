@@ -28,8 +28,22 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs in a checkout that was not installed
-from scene_renderer import COLOR, COLORS, COS, KIND, METAL, SCALE, SHAPES, SIN, TEXTURES, X, Z, place, project, render
-
+from data_prep.scene_renderer import (
+    COLOR,
+    COLORS,
+    COS,
+    KIND,
+    METAL,
+    SCALE,
+    SHAPES,
+    SIN,
+    TEXTURES,
+    X,
+    Z,
+    place,
+    project,
+    render,
+)
 from ijepa_ds.errors import UserError, run_command
 
 GENERATOR_VERSION = 1  # raise it with every change that changes an image or a label, in scene_renderer.py too

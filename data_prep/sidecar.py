@@ -8,20 +8,20 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gzip
-import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
-from images import Encoding
-from sources import Source
+
+from data_prep.images import Encoding
+from data_prep.source import Source
+from ijepa_ds.files import _sync, sha256_of, temporary_beside
 
 if TYPE_CHECKING:
-    from beton_writer import BetonWriter
+    from data_prep.beton_writer import BetonWriter
 
 SIDECAR_VERSION = 1
 
@@ -32,14 +32,6 @@ def sidecar_path(beton: str) -> str:
 
 def names_path(beton: str) -> str:
     return beton + ".names.gz"
-
-
-def sha256_of(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def describe(writer: BetonWriter, source: Source, encoding: Encoding, *, given_source: str, limit: int | None) -> dict:
@@ -77,17 +69,6 @@ def packed_names(writer: BetonWriter, source: Source) -> bytes:
     return gzip.compress(b"".join(os.fsencode(line) + b"\n" for line in lines), mtime=0)
 
 
-@contextlib.contextmanager
-def temporary_beside(path: str) -> Iterator[str]:
-    """A name in ``path``'s folder, so that renaming it is atomic. The file is removed unless it was renamed."""
-    temporary = f"{path}.partial-{os.getpid()}"
-    try:
-        yield temporary
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-
-
 def publish(beton: str, temporary: str, note: dict, names: bytes) -> None:
     """Give the finished ``temporary`` the name ``beton`` and write its note and its names beside it.
 
@@ -108,11 +89,3 @@ def publish(beton: str, temporary: str, note: dict, names: bytes) -> None:
         for path in contents:
             os.replace(temporaries[path], path)
     _sync(os.path.dirname(os.path.abspath(beton)))
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,11 +24,12 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs in a checkout that was not installed
-from images import WRITE_MODES, Encoding, UnreadableImage, decode_rgb, encode_image, quiet_decoding
-from sidecar import describe, packed_names, publish, temporary_beside
-from sources import Source, open_source
-
+from data_prep.images import WRITE_MODES, Encoding, UnreadableImage, decode_rgb, encode_image, quiet_decoding
+from data_prep.sidecar import describe, packed_names, publish
+from data_prep.source import Source
+from data_prep.sources import open_source
 from ijepa_ds.errors import UserError, run_command
+from ijepa_ds.files import temporary_beside
 
 MAX_RESOLUTION = 8192  # of either side; an image must fit into one page of memory per worker
 NUM_PROBES = 16  # images that are encoded before the start, to see whether the disk has room
@@ -196,7 +197,9 @@ def write_beton(arguments: argparse.Namespace, source: Source, encoding: Encodin
     folder = os.path.dirname(os.path.abspath(arguments.out))
     os.makedirs(folder, exist_ok=True)
     check_space(source, encoding, folder)
-    from beton_writer import BetonWriter  # FFCV brings torch and numba, seconds of import: after the mistakes are found
+    from data_prep.beton_writer import (
+        BetonWriter,  # FFCV brings torch and numba, seconds of import: after the mistakes are found
+    )
 
     with temporary_beside(arguments.out) as temporary:
         num_workers = min(arguments.workers, len(source))
@@ -278,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with termination_as_interrupt():
             if arguments.verify is not None:
-                from beton_check import verify
+                from data_prep.beton_check import verify
 
                 return verify(arguments.verify, num_workers=arguments.workers)
             return convert(arguments)

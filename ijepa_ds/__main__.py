@@ -8,11 +8,11 @@ COMMANDS = {
     "compare": ("ijepa_ds.evaluation.compare", "evaluations side by side, with the paper's numbers"),
     "demo": ("ijepa_ds.demo", "the whole job on built-in images: make, convert, pretrain, evaluate, export"),
     "evaluate": ("ijepa_ds.evaluation.command", "measure a run's target encoder beside a random one"),
-    "masks": ("ijepa_ds.mask_statistics", "what the mask samplers draw: statistics and a picture"),
-    "replay": ("ijepa_ds.replay", "replay a recorded run of another implementation and compare"),
-    "export": ("ijepa_ds.exchange", "write a run's encoder for timm, transformers or the released code's tools"),
-    "import": ("ijepa_ds.importer", "make a run folder from a checkpoint in the released code's format"),
-    "convert-config": ("ijepa_ds.convert_config", "write our configuration from a YAML of the released code"),
+    "masks": ("ijepa_ds.checks.mask_statistics", "what the mask samplers draw: statistics and a picture"),
+    "replay": ("ijepa_ds.checks.replay", "replay a recorded run of another implementation and compare"),
+    "export": ("ijepa_ds.exchange.export", "write a run's encoder for timm, transformers or the released code's tools"),
+    "import": ("ijepa_ds.exchange.import_run", "make a run folder from a checkpoint in the released code's format"),
+    "convert-config": ("ijepa_ds.exchange.reference_yaml", "write our configuration from a YAML of the released code"),
 }
 
 

@@ -7,34 +7,14 @@ import dataclasses
 import torch
 
 from ijepa_ds.config import Config
-from ijepa_ds.distributed import Process
-from ijepa_ds.encoder import Dimensions, VisionTransformer, dimensions_of, set_attention
+from ijepa_ds.data.pretraining_loader import Dataset, PretrainingLoader
+from ijepa_ds.distributed import Process, leave_to_main_process
 from ijepa_ds.errors import UserError
-from ijepa_ds.ijepa import IJEPA
-from ijepa_ds.loader import Dataset, PretrainingLoader, inspect_dataset
-from ijepa_ds.masks import MaskSampler, MultiblockSampler, ReferenceSampler, default_context_tokens
-from ijepa_ds.predictor import Predictor
-from ijepa_ds.run_folder import RunFolder
-from ijepa_ds.schedules import Schedules, build_schedules
-
-
-def check_before_building(config: Config) -> tuple[Dataset, MaskSampler]:
-    """Everything that can be refused before a model is built or a process joins."""
-    data = config.ijepa.data
-    dataset = inspect_dataset(data.train)
-    if data.validation is not None:
-        inspect_dataset(data.validation)
-    if dataset.num_samples < config.global_batch:
-        raise UserError(
-            f"{data.train} holds {dataset.num_samples} images, fewer than one global batch; lower train_batch_size = "
-            f"{config.global_batch}"
-        )
-    encoder_dimensions(config)
-    sampler = build_sampler(config)
-    folder = RunFolder(config)
-    folder.check_writable()
-    folder.check_belongs(config, dataset.num_samples)
-    return dataset, sampler
+from ijepa_ds.method.encoder import Dimensions, VisionTransformer, dimensions_of, set_attention
+from ijepa_ds.method.ijepa import IJEPA
+from ijepa_ds.method.masks import MaskSampler, MultiblockSampler, ReferenceSampler, default_context_tokens
+from ijepa_ds.method.predictor import Predictor
+from ijepa_ds.method.schedules import Schedules, build_schedules
 
 
 def encoder_dimensions(config: Config) -> Dimensions:
@@ -139,3 +119,31 @@ def schedules_of(config: Config, steps_per_epoch: int) -> Schedules:
     recipe = dataclasses.asdict(config.ijepa.optimization)
     del recipe["betas"], recipe["eps"]
     return build_schedules(steps_per_epoch=steps_per_epoch, **recipe)
+
+
+def check_batch(config: Config, process: Process) -> None:
+    """Refuse a global batch that the processes cannot share."""
+    share = config.micro_batch * process.world_size
+    if config.global_batch % share:
+        usable = [n for n in range(1, config.micro_batch + 1) if config.global_batch % (n * process.world_size) == 0]
+        cure = (
+            f"set train_micro_batch_size_per_gpu to {usable[-1]}"
+            if usable
+            else "use a number of processes that divides train_batch_size"
+        )
+        leave_to_main_process()
+        raise UserError(
+            f"train_batch_size = {config.global_batch} does not divide into {process.world_size} processes with "
+            f"train_micro_batch_size_per_gpu = {config.micro_batch}; {cure}"
+        )
+
+
+def working_dtype(config: Config) -> torch.dtype:
+    """The dtype of the weights that compute: bf16, or fp32 (also under torch_autocast)."""
+    return torch.bfloat16 if config.deepspeed["bf16"].get("enabled") else torch.float32
+
+
+def autocast_dtype(config: Config) -> torch.dtype | None:
+    """The dtype of torch_autocast, if it is on."""
+    autocast = config.deepspeed["torch_autocast"]
+    return getattr(torch, autocast.get("dtype", "bfloat16").split(".")[-1]) if autocast.get("enabled") else None

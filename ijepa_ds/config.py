@@ -112,7 +112,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MasksConfig:
-    """Mask sampler; see ijepa_ds/masks.py."""
+    """Mask sampler; see ijepa_ds/method/masks.py."""
 
     sampler: Literal["multiblock", "reference"] = "multiblock"
     num_targets: int = within(1, 64, default=4)

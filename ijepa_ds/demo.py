@@ -18,9 +18,9 @@ from pathlib import Path
 from ijepa_ds.config import load_config
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.results import best_of, margin, random_values, read_results
-from ijepa_ds.monitor import duration
+from ijepa_ds.files import PROJECT
+from ijepa_ds.progress import duration
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "ds_configs/scenes_tiny.json"
 # Enough images for a probe of 512 features, in half the time of all; random encoders enough to estimate a deviation.
 PROBE = ["--train-images", "8000", "--random-seeds", "5"]
@@ -35,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="as for run.py")
     options = parser.parse_args(arguments)
     began = time.monotonic()
-    config = load_config(ROOT / CONFIG, options.set)
-    run = ROOT / config.ijepa.run.folder / config.ijepa.run.name
+    config = load_config(PROJECT / CONFIG, options.set)
+    run = PROJECT / config.ijepa.run.folder / config.ijepa.run.name
     data = Path(options.data)
     _make_data(data, config.ijepa.data.image_size[0], options)
     overrides = [f"ijepa.data.train={data}/train.beton", f"ijepa.data.validation={data}/val.beton", *options.set]
@@ -59,7 +59,7 @@ def _make_data(data: Path, size: int, options: argparse.Namespace) -> None:
     _call("scenes", [sys.executable, "data_prep/make_scenes.py", str(scenes), *counts, "--size", str(size)])
     for split in ("train", "val"):
         beton = data / f"{split}.beton"
-        if (ROOT / beton).exists():
+        if (PROJECT / beton).exists():
             print(f"\n== convert: {beton} is there already")
         else:
             convert = ["data_prep/to_ffcv.py", str(scenes), str(beton), "--split", split, "--write-mode", "raw"]
@@ -71,7 +71,7 @@ def _call(name: str, command: list[str]) -> None:
     shown = ["python" if part == sys.executable else part for part in command]
     print(f"\n== {name}: {shlex.join(shown)}", flush=True)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    code = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}).returncode
+    code = subprocess.run(command, cwd=PROJECT, env={**os.environ, "PATH": path}).returncode
     if code:
         raise UserError(f"the demo's step '{name}' ended with exit code {code}; its reason stands above")
 
@@ -92,6 +92,6 @@ def _summarise(run: Path, results: Path, seconds: float) -> None:
     if not reached:
         print("The trained encoder did NOT beat the random one by three standard deviations on every label.")
     pictures = sorted((run / "pictures").glob("*.png"))[-2:] + sorted(results.parent.glob("pictures/neighbours.png"))
-    print(f"pictures: {', '.join(os.path.relpath(path, ROOT) for path in pictures)}")
-    print(f"the encoder, for timm: {os.path.relpath(run / 'export' / 'target_encoder.safetensors', ROOT)}")
-    print(f"TensorBoard: ./run.sh tensorboard {os.path.relpath(run.parent, ROOT)}")
+    print(f"pictures: {', '.join(os.path.relpath(path, PROJECT) for path in pictures)}")
+    print(f"the encoder, for timm: {os.path.relpath(run / 'export' / 'target_encoder.safetensors', PROJECT)}")
+    print(f"TensorBoard: ./run.sh tensorboard {os.path.relpath(run.parent, PROJECT)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import time
@@ -125,23 +124,3 @@ def gather_rows(rows: torch.Tensor, process: Process) -> torch.Tensor:
     for rank, part in enumerate(gathered):
         whole[rank :: process.world_size] = torch.from_numpy(part)
     return whole
-
-
-class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an end at the next step; a second SIGINT ends at once."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.requested: str | None = None
-        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name
-
-    def restore(self) -> None:
-        """Put back what handled these signals before."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

@@ -13,32 +13,36 @@ import time
 
 import torch
 
-from ijepa_ds.build import build_ijepa, build_loader, build_target, check_before_building, schedules_of
-from ijepa_ds.checkpoint import load_checkpoint, save_checkpoint
-from ijepa_ds.config import Config, load_config
-from ijepa_ds.distributed import Process, StopRequest, from_main, leave_to_main_process, mean_over_ranks, on_any_rank
-from ijepa_ds.engine import (
-    adam_state,
+from ijepa_ds.build import (
     autocast_dtype,
-    build_engine,
+    build_ijepa,
+    build_loader,
+    build_sampler,
+    build_target,
     check_batch,
-    gradient_norm,
-    init_distributed,
+    encoder_dimensions,
+    schedules_of,
     working_dtype,
 )
+from ijepa_ds.config import Config, load_config
+from ijepa_ds.data.pretraining_loader import Batch, Dataset, PretrainingLoader, inspect_dataset
+from ijepa_ds.distributed import Process, from_main, leave_to_main_process, mean_over_ranks, on_any_rank
+from ijepa_ds.engine.checkpoint import load_checkpoint, save_checkpoint
+from ijepa_ds.engine.target_encoder import TargetEncoder
+from ijepa_ds.engine.zero import adam_state, build_engine, gradient_norm, init_distributed
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.online import OnlineProbe
-from ijepa_ds.exchange import export_timm
-from ijepa_ds.health import health
-from ijepa_ds.ijepa import normalize_images
-from ijepa_ds.loader import Batch, Dataset, PretrainingLoader
-from ijepa_ds.masks import MaskSampler
-from ijepa_ds.monitor import Meter, Monitor
-from ijepa_ds.optimizer import set_hyperparameters
-from ijepa_ds.pictures import draw_masks, feature_sheet
-from ijepa_ds.run_folder import RunFolder
-from ijepa_ds.schedules import Hyperparameters
-from ijepa_ds.target_encoder import TargetEncoder
+from ijepa_ds.exchange.export import export_timm
+from ijepa_ds.method.ijepa import normalize_images
+from ijepa_ds.method.masks import MaskSampler
+from ijepa_ds.method.optimizer import set_hyperparameters
+from ijepa_ds.method.schedules import Hyperparameters
+from ijepa_ds.run.folder import RunFolder
+from ijepa_ds.run.health import health
+from ijepa_ds.run.meter import Meter
+from ijepa_ds.run.monitor import Monitor
+from ijepa_ds.run.pictures import draw_masks, feature_sheet
+from ijepa_ds.run.stop import StopRequest
 
 _PICTURE_IMAGES = 8
 _HEALTH_IMAGES = 256
@@ -274,3 +278,22 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 def _row(values: tuple[float, ...], process: Process) -> torch.Tensor:
     return torch.tensor(values, device=process.device)
+
+
+def check_before_building(config: Config) -> tuple[Dataset, MaskSampler]:
+    """Everything that can be refused before a model is built or a process joins."""
+    data = config.ijepa.data
+    dataset = inspect_dataset(data.train)
+    if data.validation is not None:
+        inspect_dataset(data.validation)
+    if dataset.num_samples < config.global_batch:
+        raise UserError(
+            f"{data.train} holds {dataset.num_samples} images, fewer than one global batch; lower train_batch_size = "
+            f"{config.global_batch}"
+        )
+    encoder_dimensions(config)
+    sampler = build_sampler(config)
+    folder = RunFolder(config)
+    folder.check_writable()
+    folder.check_belongs(config, dataset.num_samples)
+    return dataset, sampler

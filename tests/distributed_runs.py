@@ -410,7 +410,7 @@ def _run_module(arguments: list[str]) -> None:
 
 def checkpoint_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """All that a checkpoint holds, whole, by kind and name."""
-    from ijepa_ds.checkpoint import read_weights
+    from ijepa_ds.engine.checkpoint_files import read_weights
 
     checkpoint = folder / "checkpoints" / f"step_{step:09d}"
     kinds = ("master", "exp_avg", "exp_avg_sq", "target")
@@ -440,17 +440,17 @@ class Parts:
 
     def adam(self, shard: Any) -> dict[str, torch.Tensor]:
         """AdamW's state of a shard."""
-        from ijepa_ds.engine import adam_state
+        from ijepa_ds.engine.zero import adam_state
 
         return adam_state(self.engine, shard)
 
 
 def build_parts(raw: dict[str, Any]) -> Parts:
     """What ``ijepa_ds.train.train`` builds, without the loader."""
-    from ijepa_ds.build import build_ijepa, build_target
+    from ijepa_ds.build import autocast_dtype, build_ijepa, build_target
     from ijepa_ds.config import parse_config
-    from ijepa_ds.engine import autocast_dtype, build_engine, init_distributed
-    from ijepa_ds.target_encoder import TargetEncoder
+    from ijepa_ds.engine.target_encoder import TargetEncoder
+    from ijepa_ds.engine.zero import build_engine, init_distributed
 
     config = parse_config(raw)
     process = init_distributed()
@@ -478,10 +478,10 @@ def train_steps(
 
     ``micro_batch(step)`` is called before each backward pass.
     """
+    from ijepa_ds.build import working_dtype
     from ijepa_ds.distributed import mean_over_ranks
-    from ijepa_ds.engine import working_dtype
-    from ijepa_ds.optimizer import set_hyperparameters
-    from ijepa_ds.schedules import Hyperparameters
+    from ijepa_ds.method.optimizer import set_hyperparameters
+    from ijepa_ds.method.schedules import Hyperparameters
 
     config, process, losses = parts.config, parts.process, []
     size = config.micro_batch

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ijepa_ds.encoder import Dimensions, VisionTransformer
-from ijepa_ds.predictor import Predictor
+from ijepa_ds.method.encoder import Dimensions, VisionTransformer
+from ijepa_ds.method.predictor import Predictor
 
 SMALL = Dimensions(32, 2, 2)
 

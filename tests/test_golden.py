@@ -7,11 +7,10 @@ learnt (method, masks, initial weights, order, crops, the scenes), or the pinned
 from __future__ import annotations
 
 import hashlib
-import sys
 from pathlib import Path
 
 import pytest
-from distributed_runs import FOLDER, ROOT, launch_training, once, tiny_config
+from distributed_runs import FOLDER, launch_training, once, tiny_config
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.txt"
 STEPS, SCENES = 20, 64
@@ -22,9 +21,8 @@ SAME_ARITHMETIC = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE", "ONE
 @once
 def scenes_beton() -> Path:
     """The images of the run; also the digest of the batches that a loader makes of them."""
-    sys.path.insert(0, str(ROOT / "data_prep"))
-    from make_scenes import make_scenes
-    from to_ffcv import main as to_ffcv
+    from data_prep.make_scenes import make_scenes
+    from data_prep.to_ffcv import main as to_ffcv
 
     folder, beton = FOLDER / "golden_scenes", FOLDER / "golden.beton"
     make_scenes(folder, train=SCENES, val=1, size=32, seed=0, workers=1)
@@ -47,8 +45,8 @@ def digest_of_batches() -> str:
     """Of the images and masks that go in: tells a changed loader from a changed model."""
     from ijepa_ds.build import build_loader, build_sampler
     from ijepa_ds.config import parse_config
+    from ijepa_ds.data.pretraining_loader import inspect_dataset
     from ijepa_ds.distributed import Process
-    from ijepa_ds.loader import inspect_dataset
 
     config = parse_config(golden_config("digest"))
     loader = build_loader(config, inspect_dataset(scenes_beton()), build_sampler(config), Process(0, 1, None))

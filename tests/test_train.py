@@ -160,7 +160,7 @@ def test_activation_checkpointing_gives_the_same_losses() -> None:
 
 def make_a_loss_nan(first: int, last: int) -> None:
     """The ``first`` to ``last`` forward pass; a step has 4."""
-    from ijepa_ds import ijepa
+    from ijepa_ds.method import ijepa
 
     whole, calls = ijepa.prediction_loss, []
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ijepa_ds.encoder import Dimensions, VisionTransformer
-from ijepa_ds.predictor import Predictor
+from ijepa_ds.method.encoder import Dimensions, VisionTransformer
+from ijepa_ds.method.predictor import Predictor
 
 RECIPE = {
     "iterations_per_epoch": 2,

@@ -8,28 +8,26 @@ evaluate ...``.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
-import statistics
 from pathlib import Path
 
 import torch
 
+from ijepa_ds.data.ffcv_pipeline import DecodeError
 from ijepa_ds.distributed import Process, leave_to_main_process, share_cpu_threads
-from ijepa_ds.engine import init_distributed
+from ijepa_ds.engine.zero import init_distributed
 from ijepa_ds.errors import UserError
+from ijepa_ds.evaluation.candidates import encoders_to_measure
 from ijepa_ds.evaluation.data import LabelledData
-from ijepa_ds.evaluation.encoders import encoders_to_measure
-from ijepa_ds.evaluation.illustrations import illustrate
-from ijepa_ds.evaluation.measurement import combine
-from ijepa_ds.evaluation.recipes import PRESETS
-from ijepa_ds.evaluation.results import Results, format_table
+from ijepa_ds.evaluation.illustrations import illustrate, log_scalars
+from ijepa_ds.evaluation.probes.recipes import PRESETS
+from ijepa_ds.evaluation.results import Results, combine, format_table
 from ijepa_ds.evaluation.setting import FewLabels, Setting
-from ijepa_ds.evaluation.target import Target, checksum, load_target
+from ijepa_ds.evaluation.subject import Target, load_target
 from ijepa_ds.evaluation.tasks import DEFAULT_TASKS, TASKS, check_tasks
-from ijepa_ds.pipeline import DecodeError
-from ijepa_ds.run_folder import versions
+from ijepa_ds.files import checksum
+from ijepa_ds.run.provenance import versions
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -259,23 +257,6 @@ def join() -> Process:
         return init_distributed()
     share_cpu_threads()
     return Process(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def log_scalars(folder: Path, step: int, results: Results) -> None:
-    """TensorBoard's scalars, in a folder of their own so that they do not mix with the training's."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    for name in ("trained", "random", "pixels"):
-        with contextlib.closing(SummaryWriter(str(folder / "tensorboard" / name))) as writer:
-            for task in results.tasks:
-                values = [task.value] if name == "trained" else task.baselines[name]["values"]
-                tag = f"evaluation/{task.task}/{task.label}"
-                writer.add_scalar(tag, statistics.mean(values), step)
-                if "mean_absolute_error" in task.extra:
-                    found = task.extra if name == "trained" else task.baselines[name]
-                    errors = found["mean_absolute_error"]
-                    errors = errors if isinstance(errors, list) else [errors]
-                    writer.add_scalar(f"{tag}/mean_absolute_error", statistics.mean(errors), step)
 
 
 def _without_repeats(measurements: list) -> list:

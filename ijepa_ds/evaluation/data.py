@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_ds.dataset import image_sizes, inspect_dataset, integer_label_fields, read_labels
+from ijepa_ds.data.beton import image_sizes, inspect_dataset, integer_label_fields, read_labels
+from ijepa_ds.data.image_loader import EvaluationLoader
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.encoders import Encoder
+from ijepa_ds.evaluation.candidates import Encoder
 from ijepa_ds.evaluation.features import extract_features, spread_samples
-from ijepa_ds.labelled_loader import EvaluationLoader
 
 SPLITS = ("train", "validation")
 CROP_SHARE = 0.875  # resize 256, centre crop 224

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ijepa_ds.data.copy_ahead import on_device
+from ijepa_ds.data.image_loader import EvaluationLoader
 from ijepa_ds.distributed import Process, gather_rows
-from ijepa_ds.labelled_loader import EvaluationLoader
 
 BATCHES_WAITING = 64  # results left on the device
 SECONDS_BETWEEN_LINES = 30.0
@@ -51,10 +52,16 @@ def extract_features(
     values: list[Tensor] = []
     waiting: list[Tensor] = []
     labels: dict[str, list[Tensor]] = {name: [] for name in loader.label_fields}
-    batches = loader.batches(samples[process.rank :: process.world_size])
+
+    def images_alone() -> Iterator[Tensor]:
+        for images, found in loader.batches(samples[process.rank :: process.world_size]):
+            for name, label in found.items():
+                labels[name].append(label)
+            yield images
+
     count, began = 0, time.monotonic()
     told = began
-    for images, found in on_device(batches, process.device):
+    for images in on_device(images_alone(), process.device):
         waiting.append(forward(images).float())
         if len(waiting) == BATCHES_WAITING:  # reading a result makes the device wait for the host: seldom
             values, waiting = [*values, torch.cat(waiting).cpu()], []
@@ -64,30 +71,6 @@ def extract_features(
             left = (now - began) / count * max(0, len(samples) / process.world_size - count)
             rate = done / (now - began)
             say(f"  features: {done:,} of {len(samples):,} images, {rate:,.0f} images/s, {left:.0f} s left")
-        for name, label in found.items():
-            labels[name].append(label)
     values += [part.cpu() for part in waiting]
     rows = gather_rows(torch.cat(values), process)
     return Features(rows, {name: gather_rows(torch.cat(parts), process) for name, parts in labels.items()})
-
-
-def on_device(
-    batches: Iterator[tuple[Tensor, dict[str, Tensor]]], device: torch.device
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """The batches with their images on ``device``; on a GPU each is copied by a stream of its own, while the one before
-    is used."""
-    if device.type != "cuda":
-        yield from ((images.to(device), labels) for images, labels in batches)
-        return
-    copies, ahead = torch.cuda.Stream(device), None
-    for images, labels in batches:
-        with torch.cuda.stream(copies):
-            copied = images.to(device, non_blocking=True)
-        done = copies.record_event()
-        if ahead is not None:
-            yield ahead
-        done.synchronize()  # before the loader may write over the buffer that was copied
-        copied.record_stream(torch.cuda.current_stream(device))
-        ahead = copied, labels
-    if ahead is not None:
-        yield ahead

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +93,20 @@ def _log_pictures(paths: list[Path], folder: Path, step: int) -> None:
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"))
             writer.add_image(f"evaluation/{path.stem}", pixels, step, dataformats="HWC")
+
+
+def log_scalars(folder: Path, step: int, results: Results) -> None:
+    """TensorBoard's scalars, in a folder of their own so that they do not mix with the training's."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for name in ("trained", "random", "pixels"):
+        with contextlib.closing(SummaryWriter(str(folder / "tensorboard" / name))) as writer:
+            for task in results.tasks:
+                values = [task.value] if name == "trained" else task.baselines[name]["values"]
+                tag = f"evaluation/{task.task}/{task.label}"
+                writer.add_scalar(tag, statistics.mean(values), step)
+                if "mean_absolute_error" in task.extra:
+                    found = task.extra if name == "trained" else task.baselines[name]
+                    errors = found["mean_absolute_error"]
+                    errors = errors if isinstance(errors, list) else [errors]
+                    writer.add_scalar(f"{tag}/mean_absolute_error", statistics.mean(errors), step)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.linear import bin_edges, to_bins
+from ijepa_ds.evaluation.probes.standardise import _check_values
 
 CLEVR_EDGES = (8.0, 8.5, 9.0, 9.5, 10.0)  # VTAB's bins of Clevr/Dist: up to 8, 8.5, 9, 9.5, 10, 100
 NUM_BINS = 6
@@ -81,3 +81,40 @@ def binned(field: str, train: Tensor, validation: Tensor, *, edges: Tensor | Non
             "bins of equal population with --bins equal"
         )
     return Classes(*bins, names)
+
+
+def bin_edges(values: Tensor, num_bins: int) -> Tensor:
+    """The ``num_bins - 1`` inner edges [float64] that cut ``values`` [n] (of train) into bins of about equal size.
+
+    Raises:
+        UserError: the values are not finite, or too few of them differ for every bin to have one.
+    """
+    _check_values("train", values)
+    if num_bins < 2:
+        raise UserError(f"{num_bins} bins leave nothing to tell apart: take at least 2")
+    ordered = values.double().sort().values  # torch.quantile refuses more than 16 million
+    position = torch.arange(1, num_bins, device=values.device, dtype=torch.float64) / num_bins * (len(values) - 1)
+    below = position.floor().long()
+    edges = torch.lerp(ordered[below], ordered[position.ceil().long()], position - below)
+    if bool((torch.bincount(to_bins(values, edges), minlength=num_bins) == 0).any()):
+        raise UserError(
+            f"{len(values)} values with {len(values.unique())} different ones do not fill {num_bins} bins: take fewer"
+        )
+    return edges
+
+
+def to_bins(values: Tensor, edges: Tensor) -> Tensor:
+    """The bin of each of ``values`` [n], int64 from 0 to len(edges); a value on an edge goes to the lower bin."""
+    return torch.bucketize(values.double(), edges.to(values.device, torch.float64))
+
+
+CONFUSION_CLASSES = 100  # a larger matrix is not kept
+
+
+def confusion_matrix(classes: Classes, predictions: Tensor) -> list[list[int]] | None:
+    """Images of each true class (rows) by the class they were given; None where there are too many classes."""
+    count = classes.num_classes
+    if count > CONFUSION_CLASSES:
+        return None
+    pairs = classes.validation.cpu() * count + predictions.cpu()
+    return torch.bincount(pairs, minlength=count * count).view(count, count).tolist()

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ijepa_ds.config import Config
-from ijepa_ds.dataset import inspect_dataset, integer_label_fields
+from ijepa_ds.data.beton import inspect_dataset, integer_label_fields
+from ijepa_ds.data.image_loader import EvaluationLoader
 from ijepa_ds.distributed import Process
+from ijepa_ds.engine.target_encoder import TargetEncoder
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.features import Features, extract_features, spread_samples
-from ijepa_ds.evaluation.knn import knn_accuracy
-from ijepa_ds.evaluation.linear import least_squares_accuracy
-from ijepa_ds.labelled_loader import EvaluationLoader
-from ijepa_ds.target_encoder import TargetEncoder
+from ijepa_ds.evaluation.probes.knn import knn_accuracy
+from ijepa_ds.evaluation.probes.ridge import least_squares_accuracy
 
 NEIGHBOURS = 20
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ijepa_ds.data.image_loader import AugmentedLoader
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
+from ijepa_ds.evaluation.candidates import Encoder
 from ijepa_ds.evaluation.data import LabelledData
-from ijepa_ds.evaluation.encoders import Encoder
 from ijepa_ds.evaluation.labels import CLEVR_EDGES, Classes, binned, classes_of
-from ijepa_ds.evaluation.measurement import Measurement
-from ijepa_ds.evaluation.recipes import Recipe, adapted
-from ijepa_ds.ijepa import normalize_images
-from ijepa_ds.labelled_loader import AugmentedLoader
+from ijepa_ds.evaluation.probes.recipes import Recipe, adapted
+from ijepa_ds.evaluation.results import Measurement
+from ijepa_ds.method.ijepa import normalize_images
 
 SECONDS_BETWEEN_LINES = 10.0
 

@@ -11,13 +11,11 @@ import cv2
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "data_prep" / "make_scenes.py"
-sys.path.insert(0, str(SCRIPT.parent))
-import make_scenes  # noqa: E402
-import scene_renderer  # noqa: E402
-from make_scenes import render_scene  # noqa: E402
+from data_prep import make_scenes, scene_renderer
+from data_prep.make_scenes import render_scene
+from ijepa_ds.errors import UserError
 
-from ijepa_ds.errors import UserError  # noqa: E402
+SCRIPT = Path(__file__).resolve().parents[2] / "data_prep" / "make_scenes.py"
 
 SMALL = {"train": 5, "val": 3, "size": 32, "seed": 7, "workers": 1}
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data_prep"))
-import make_scenes
-import scene_renderer
+from data_prep import make_scenes, scene_renderer
 
 
 def test_what_is_drawn_is_what_the_labels_say() -> None:

@@ -19,17 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ffcv.reader import Reader
 from PIL import Image, ImageOps, PngImagePlugin
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "data_prep"))
-import beton_writer  # noqa: E402
-import images  # noqa: E402
-import sources  # noqa: E402
-import to_ffcv  # noqa: E402
-from ffcv.reader import Reader  # noqa: E402
+from data_prep import beton_writer, images, sources, to_ffcv
+from ijepa_ds.errors import UserError
 
-from ijepa_ds.errors import UserError  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

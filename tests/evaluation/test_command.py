@@ -8,14 +8,10 @@ import json
 import re
 import shutil
 import statistics
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from distributed_runs import (
     FOLDER,
     TrainingRun,
@@ -29,10 +25,12 @@ from distributed_runs import (
     write_beton,
     write_config,
 )
+from safetensors.torch import load_file
 
 from ijepa_ds.evaluation.compare import main as compare_main
 from ijepa_ds.evaluation.results import Results, read_results
-from ijepa_ds.evaluation.target import checksum, load_target
+from ijepa_ds.evaluation.subject import load_target
+from ijepa_ds.files import checksum
 
 
 @once

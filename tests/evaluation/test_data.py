@@ -10,8 +10,8 @@ import torch
 
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
+from ijepa_ds.evaluation.candidates import PIXELS, Encoder, small_pixels
 from ijepa_ds.evaluation.data import LabelledData
-from ijepa_ds.evaluation.encoders import PIXELS, Encoder, small_pixels
 
 PROCESS = Process(0, 1, torch.device("cpu"))
 

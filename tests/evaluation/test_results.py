@@ -9,10 +9,18 @@ import pytest
 import torch
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.encoders import Encoder, small_pixels
-from ijepa_ds.evaluation.labels import Classes
-from ijepa_ds.evaluation.measurement import Measurement, combine, confusion_matrix
-from ijepa_ds.evaluation.results import Results, best_of, format_table, margin, random_values, read_results
+from ijepa_ds.evaluation.candidates import Encoder, small_pixels
+from ijepa_ds.evaluation.labels import Classes, confusion_matrix
+from ijepa_ds.evaluation.results import (
+    Measurement,
+    Results,
+    best_of,
+    combine,
+    format_table,
+    margin,
+    random_values,
+    read_results,
+)
 
 
 def encoder(name: str, seed: int = 0) -> Encoder:

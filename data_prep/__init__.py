@@ -1,0 +1,1 @@
+"""From images to .beton files, and the built-in scenes."""

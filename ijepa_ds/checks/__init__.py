@@ -1,0 +1,1 @@
+"""Is it still the method? Replays and statistics."""

@@ -1,0 +1,352 @@
+"""Replay a recorded run of another implementation through the code that trains here, and compare what comes out.
+
+``python -m ijepa_ds replay TRACE.npz`` takes the method, the optimizer and the target encoder alone; ``--engine`` the
+DeepSpeed engine too, on as many processes as the launcher starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ijepa_ds.build import autocast_dtype, check_batch, working_dtype
+from ijepa_ds.checks.recorded_run import Trace, read_trace
+from ijepa_ds.config import Config, parse_config
+from ijepa_ds.distributed import Process, leave_to_main_process, max_over_ranks, mean_over_ranks
+from ijepa_ds.engine.shards import replicated_shards
+from ijepa_ds.engine.target_encoder import TargetEncoder
+from ijepa_ds.engine.zero import build_engine, gradients, init_distributed
+from ijepa_ds.errors import UserError
+from ijepa_ds.method.encoder import VisionTransformer, set_attention
+from ijepa_ds.method.ijepa import ENCODER, IJEPA, normalize_targets
+from ijepa_ds.method.optimizer import build_optimizer, set_hyperparameters
+from ijepa_ds.method.schedules import Schedules, build_schedules
+
+# In fp32; the schedules are arithmetic in double precision.
+RELATIVE_TOLERANCES = {
+    "loss": 1e-5,
+    "lr": 1e-9,
+    "weight_decay": 1e-9,
+    "momentum": 1e-9,
+    "grad_norm_encoder": 1e-4,
+    "grad_norm_predictor": 1e-4,
+}
+FEATURE_TOLERANCE = 1e-4  # absolute, step 0
+WEIGHT_TOLERANCE = 2e-5  # absolute, final
+_PARTS = {f"{ENCODER}.": "encoder", "predictor.": "predictor"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of ``python -m ijepa_ds replay``; returns 1 where the differences are beyond the tolerances."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ijepa_ds replay",
+        description="Replay a recorded run (NAME.npz with NAME.json beside it) and compare. Exit code 0 within the "
+        "tolerances, 1 beyond them. On two processes: deepspeed --num_gpus 2 --module ijepa_ds replay --engine ...",
+    )
+    parser.add_argument("trace", help="the .npz of a trace")
+    parser.add_argument("--engine", action="store_true", help="through DeepSpeed ZeRO-2, as training goes")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "autocast"),
+        default="fp32",
+        help="other than fp32: through the engine, differences are reported and not judged",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        trace = read_trace(Path(options.trace))
+    except UserError:
+        leave_to_main_process()
+        raise
+    through_engine = options.engine or options.precision != "fp32"
+    if through_engine:
+        process = init_distributed()
+    else:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            leave_to_main_process()
+            raise UserError(
+                "several processes need --engine; without it start one: python -m ijepa_ds replay TRACE.npz"
+            )
+        process = Process(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return replay(trace, process, engine=through_engine, precision=options.precision)
+
+
+def replay(trace: Trace, process: Process, *, engine: bool, precision: str) -> int:
+    """Print the comparison; returns the exit code."""
+    say = print if process.is_main else lambda *_, **__: None
+    trainer = (_Engine if engine else _Plain)(trace, process, precision)
+    judged = precision == "fp32" and trace.settings.get("dtype", "float32") == "float32"
+    where = f"DeepSpeed ZeRO-2 on {process.world_size} processes" if engine else "without DeepSpeed"
+    say(f"{trace.path}: {trace.num_steps} steps of {trace.settings['batch_size']} images; {where}, {precision}")
+    worst = _Worst(judged)
+    say(f"\n{'step':>6}  {'':<22}{'ours':>20}{'recorded':>20}{'relative':>12}")
+    features: dict[str, float] = {}
+    for step in range(trace.num_steps):
+        inputs = _inputs(trace, step, process)
+        if step == 0:
+            features = _feature_differences(trace, trainer, inputs, process)
+        ours, recorded = trainer.step(step, *inputs), trace.recorded(step)
+        for name, tolerance in RELATIVE_TOLERANCES.items():
+            difference = _relative(ours[name], recorded[name])
+            worst.note(f"step {step}: {name}", difference, tolerance)
+            say(f"{step:>6}  {name:<22}{ours[name]:>20.12g}{recorded[name]:>20.12g}{difference:>12.1e}", flush=True)
+
+    say("\nlargest absolute difference, step 0")
+    for name, difference in features.items():
+        worst.note(f"step 0: {name}", difference, FEATURE_TOLERANCE)
+        say(f"  {name:<66}{difference:>12.1e}")
+    say("\nlargest absolute difference of the final weights")
+    for name, difference in trainer.final_differences(trace, process).items():
+        worst.note(f"final: {name}", difference, WEIGHT_TOLERANCE)
+        say(f"  {name:<66}{difference:>12.1e}")
+    say(f"\n{worst.verdict()}", flush=True)
+    return worst.exit_code
+
+
+class _Worst:
+    """What lies furthest beyond, or closest to, its tolerance."""
+
+    def __init__(self, judged: bool):
+        self.judged, self.name, self.difference, self.tolerance = judged, "", 0.0, 1.0
+        self._share, self._beyond = -1.0, 0
+
+    def note(self, name: str, difference: float, tolerance: float) -> None:
+        share = math.inf if math.isnan(difference) else difference / tolerance
+        self._beyond += share > 1
+        if share > self._share:
+            self._share, self.name, self.difference, self.tolerance = share, name, difference, tolerance
+
+    @property
+    def exit_code(self) -> int:
+        return int(self.judged and self._beyond > 0)
+
+    def verdict(self) -> str:
+        what = f"{self.name} differs by {self.difference:.2e} (tolerance {self.tolerance:.0e})"
+        if not self.judged:
+            return f"not judged: the tolerances are those of fp32. Worst: {what}"
+        if self._beyond:
+            return f"BEYOND the tolerance in {self._beyond} places. Worst: {what}"
+        return f"within every tolerance. Closest to its own: {what}"
+
+
+class _Plain:
+    """Model, optimizer and target encoder as training has them, without the engine."""
+
+    def __init__(self, trace: Trace, process: Process, precision: str):
+        self.schedules = _schedules(trace)
+        self.model, target = _models(trace)
+        self.model.to(process.device)
+        self.optimizer = build_optimizer(self.model, betas=(0.9, 0.999), eps=1e-8)
+        members = [group["params"] for group in self.optimizer.param_groups]
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        self.shards = replicated_shards(members, members, self.optimizer.param_groups, names)
+        self.target_encoder = TargetEncoder(target, self.shards)
+        self.process = process
+
+    @property
+    def module(self) -> IJEPA:
+        """Context encoder and predictor with the weights that compute."""
+        return self.model
+
+    def step(self, step: int, images: Tensor, context_block: Tensor, target_blocks: Tensor) -> dict[str, float]:
+        """One optimizer step; what a trace records of it."""
+        now = self.schedules.at(step)
+        set_hyperparameters(self.optimizer, now)
+        targets = self.target_encoder(images.to(self.target_encoder.dtype), target_blocks)
+        loss = self._forward(images, context_block, target_blocks, targets)
+        self._backward(loss)
+        squares = dict.fromkeys(_PARTS.values(), 0.0)
+        for name, gradient in self._gradients().items():
+            squares[_PARTS[name[: name.index(".") + 1]]] += float(gradient.double().square().sum())
+        self._step()
+        self.target_encoder.update(now.momentum)
+        return {
+            "loss": mean_over_ranks(loss, self.process),
+            "lr": now.lr,
+            "weight_decay": now.weight_decay,
+            "momentum": now.momentum,
+            **{f"grad_norm_{part}": math.sqrt(square) for part, square in squares.items()},
+        }
+
+    def final_differences(self, trace: Trace, process: Process) -> dict[str, float]:
+        """Largest absolute difference of every tensor from its recorded end, of the fp32 masters and averages."""
+        recorded = {f"{part}/{n}": w for part in _ALL_PARTS for n, w in trace.weights("final", part).items()}
+        found = dict.fromkeys(recorded, 0.0)
+        target = self.target_encoder
+        sources = [(shard, shard.master, _PARTS) for shard in self.shards]
+        sources += [
+            (shard, average, {f"{ENCODER}.": "target_encoder"})
+            for shard, average in zip(target.shards, target.averages, strict=True)
+        ]
+        for shard, values, parts in sources:
+            for piece in shard.pieces():
+                prefix = piece.name[: piece.name.index(".") + 1]
+                name = f"{parts[prefix]}/{piece.name.removeprefix(prefix)}"
+                there = recorded[name].reshape(-1)[piece.start : piece.stop]
+                found[name] = max_or_nan(found[name], largest(piece.of(values.detach().view(-1)), there))
+        for part, module in self._modules().items():  # the fixed positions, which no optimizer holds
+            for name, parameter in module.named_parameters():
+                if name.endswith("pos_embed"):
+                    found[f"{part}/{name}"] = largest(parameter, recorded[f"{part}/{name}"])
+        return dict(zip(found, max_over_ranks(list(found.values()), process), strict=True))
+
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        module = self.module
+        return {
+            "encoder": module.context_encoder,
+            "predictor": module.predictor,
+            "target_encoder": self.target_encoder.encoder,
+        }
+
+    def _forward(self, images, context_block, target_blocks, targets) -> Tensor:
+        return self.model(images, context_block, target_blocks, targets)
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _gradients(self) -> dict[str, Tensor]:
+        return {name: parameter.grad for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class _Engine(_Plain):
+    """The same through DeepSpeed ZeRO-2."""
+
+    def __init__(self, trace: Trace, process: Process, precision: str):
+        config = _config(trace, process, precision)
+        check_batch(config, process)
+        self.schedules = _schedules(trace)
+        model, target = _models(trace)
+        self.engine, self.shards = build_engine(model.to(process.device), config)
+        self.optimizer = self.engine.optimizer
+        self.target_encoder = TargetEncoder(target, self.shards, autocast=autocast_dtype(config))
+        self.dtype, self.process = working_dtype(config), process
+
+    @property
+    def module(self) -> IJEPA:
+        """Context encoder and predictor with the weights that compute."""
+        return self.engine.module
+
+    def _forward(self, images, context_block, target_blocks, targets) -> Tensor:
+        return self.engine(images.to(self.dtype), context_block, target_blocks, targets)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        return gradients(self.engine)
+
+    def _step(self) -> None:
+        self.engine.step()
+
+
+_ALL_PARTS = (*_PARTS.values(), "target_encoder")
+
+
+def _models(trace: Trace) -> tuple[IJEPA, VisionTransformer]:
+    """The model with the recorded initial weights, and the target encoder's architecture."""
+    encoder, predictor = trace.build()
+    encoder.load_state_dict(trace.weights("init", "encoder"))
+    predictor.load_state_dict(trace.weights("init", "predictor"))
+    model = IJEPA(encoder, predictor)
+    set_attention(model, fused=torch.cuda.is_available())  # as training has it
+    with torch.device("meta"):
+        target, _ = trace.build()
+    return model, target
+
+
+def _schedules(trace: Trace) -> Schedules:
+    recipe = trace.settings
+    return build_schedules(
+        steps_per_epoch=recipe["iterations_per_epoch"],
+        epochs=recipe["epochs"],
+        warmup_epochs=recipe["warmup_epochs"],
+        schedule_scale=recipe.get("ipe_scale", 1.0),
+        lr_start=recipe["lr"]["start"],
+        lr_peak=recipe["lr"]["peak"],
+        lr_final=recipe["lr"]["final"],
+        weight_decay=tuple(recipe["weight_decay"]),
+        momentum=tuple(recipe["ema"]),
+    )
+
+
+def _config(trace: Trace, process: Process, precision: str) -> Config:
+    """What the engine reads of a configuration; the model is built from the trace itself."""
+    batch = trace.settings["batch_size"]
+    raw = {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": max(1, batch // process.world_size),
+        "zero_optimization": {"stage": 2},
+        "bf16": {"enabled": precision == "bf16"},
+        "torch_autocast": {"enabled": precision == "autocast", "dtype": "bfloat16"},
+        "ijepa": {
+            "run": {"name": "replay"},
+            "data": {"train": str(trace.path), "image_size": list(trace.image_size)},
+            "model": {"patch_size": trace.settings["patch_size"]},
+        },
+    }
+    if batch % process.world_size:
+        leave_to_main_process()
+        raise UserError(
+            f"{trace.path}: {batch} images do not divide into {process.world_size} processes; start a number that does"
+        )
+    return parse_config(raw, source=str(trace.path))
+
+
+def _inputs(trace: Trace, step: int, process: Process) -> tuple[Tensor, Tensor, Tensor]:
+    """This process's share of a recorded batch: images [B, 3, H, W], context block [B, K], target blocks [M, B, T]."""
+    images = trace.tensor(f"step{step}/images")
+    context_block = trace.tensor(f"step{step}/context_masks")[0]
+    target_blocks = trace.tensor(f"step{step}/target_masks")
+    own = _share(len(images), process)
+    return tuple(part.to(process.device) for part in (images[own], context_block[own], target_blocks[:, own]))
+
+
+def _share(batch: int, process: Process) -> slice:
+    size = batch // process.world_size
+    return slice(process.rank * size, (process.rank + 1) * size)
+
+
+@torch.no_grad()
+def _feature_differences(trace: Trace, trainer: _Plain, inputs: tuple, process: Process) -> dict[str, float]:
+    """Largest absolute difference of what the networks give before the first step."""
+    images, context_block, target_blocks = inputs
+    target = trainer.target_encoder
+    images = images.to(target.dtype)
+    own = _share(trace.settings["batch_size"], process)
+    recorded = trace.tensor("step0/predictions")  # [M * B, T, D], block-major
+    recorded = recorded.unflatten(0, (trace.settings["targets"], -1))[:, own].flatten(0, 1)
+    module = trainer.module
+    pairs = {
+        "target_features": (normalize_targets(target.features(images)), trace.tensor("step0/target_features")[own]),
+        "context_features": (
+            module.context_encoder(images, context_block),
+            trace.tensor("step0/context_features")[own],
+        ),
+        "predictions": (module.predict(images, context_block, target_blocks), recorded),
+    }
+    differences = [largest(ours, there) for ours, there in pairs.values()]
+    return dict(zip(pairs, max_over_ranks(differences, process), strict=True))
+
+
+def largest(ours: Tensor, recorded: Tensor) -> float:
+    """The largest absolute difference of two tensors of one shape; NaN where one has a NaN."""
+    return float((ours.detach().float().cpu() - recorded).abs().max())
+
+
+def max_or_nan(a: float, b: float) -> float:
+    """The larger number, or NaN if one is."""
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
+def _relative(ours: float, recorded: float) -> float:
+    if ours == recorded:
+        return 0.0
+    return abs(ours - recorded) / abs(recorded) if recorded else math.inf

@@ -1,0 +1,280 @@
+"""FFCV's pipeline with our crops, flips and masks drawn inside its compiled code.
+
+The order yields ``sample | time << 32``, where the time is a step or an epoch; FFCV hands these numbers through
+untouched, and every operation masks the sample out and uses the whole number as the key of its random streams. So the
+same pixels arrive for any world size, micro-batch, worker count, and after a resume.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numba
+import numpy as np
+import torch
+from ffcv.fields import IntField
+from ffcv.fields.decoders import FloatDecoder, IntDecoder
+from ffcv.libffcv import imdecode, resize_crop
+from ffcv.loader import Loader as FFCVLoader
+from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.compiler import Compiler
+from ffcv.pipeline.operation import Operation
+from ffcv.pipeline.pipeline_spec import PipelineSpec
+from ffcv.reader import Reader
+from ffcv.traversal_order.base import TraversalOrder
+
+from ijepa_ds.data.beton import Dataset
+from ijepa_ds.data.crops import is_flipped, mirror
+from ijepa_ds.errors import UserError
+from ijepa_ds.method import masks
+from ijepa_ds.random_streams import CROP, stream
+
+TIME_SHIFT = np.uint64(32)
+_SAMPLE = np.uint64(0xFFFFFFFF)
+_STALL_SECONDS = 1.0  # how often a waiting consumer looks whether the loading thread is still alive
+_BATCHES_AHEAD = 3
+
+
+def _hide_finalizers_of_numba() -> None:
+    """numba reports a harmless KeyError when a compiled pipeline is collected; nobody should have to read it."""
+    report = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        if not (unraisable.exc_type is KeyError and isinstance(unraisable.object, weakref.finalize)):
+            report(unraisable)
+
+    sys.unraisablehook = hook
+
+
+_hide_finalizers_of_numba()
+
+
+class DecodeError(UserError):
+    """An image of a .beton that cannot be decoded; the message names the sample."""
+
+
+class LoaderError(RuntimeError):
+    """The loading thread died; its own error is the cause."""
+
+
+class DecodeCrop(Operation):
+    """Decode, crop, resize. Gives the images and, beside them, each decoder's return code, which stock FFCV ignores."""
+
+    def __init__(self, image_size: tuple[int, int], crop, *, seed: int, scale, ratio, flip: bool = False):
+        super().__init__()
+        self.flip = flip  # mirror every other image, by chance
+        self.image_size, self.crop, self.seed = image_size, crop, np.uint64(seed)
+        self.scale, self.ratio = (float(scale[0]), float(scale[1])), (float(ratio[0]), float(ratio[1]))
+
+    def declare_state_and_memory(self, previous_state):
+        pixels = int(self.metadata["height"].max()) * int(self.metadata["width"].max()) * 3
+        shape, byte = (*self.image_size, 3), np.dtype("u1")
+        allocation = (AllocationQuery(shape, byte), AllocationQuery((pixels,), byte), AllocationQuery((1,), byte))
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=byte), allocation
+
+    def generate_code(self):
+        read, iterator = self.memory_read, Compiler.get_iterator()
+        decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
+        crop, seed, scale, ratio, flip = self.crop, self.seed, self.scale, self.ratio, self.flip
+
+        def decode(batch_indices, memory, metadata, storage_state):
+            images, scratch, failed = memory
+            for position in iterator(len(batch_indices)):
+                key = batch_indices[position]
+                sample = key & _SAMPLE
+                field = metadata[sample]
+                data = read(field["data_ptr"], storage_state)
+                height, width = np.int64(field["height"]), np.int64(field["width"])
+                size = height * width * 3
+                failed[position, 0] = 0
+                pixels = scratch[position][:size]
+                if field["mode"] == 0:  # a JPEG
+                    code = decode_jpeg(data, pixels, height, width, height, width, 0, 0, 1, 1, False, False)
+                    if code != 0:
+                        failed[position, 0] = 1
+                elif len(data) == size:
+                    pixels = data
+                else:
+                    failed[position, 0] = 1
+                if failed[position, 0] == 0:
+                    draw = stream(seed, CROP, key >> TIME_SHIFT, sample)
+                    top, left, rows, columns = crop(height, width, draw, scale, ratio)
+                    source = pixels.reshape((height, width, 3))
+                    resize(source, top, top + rows, left, left + columns, images[position])
+                    if flip and is_flipped(seed, key >> TIME_SHIFT, sample):
+                        mirror(images[position])
+            return images[: len(batch_indices)], failed[: len(batch_indices)]
+
+        decode.is_parallel = True
+        return decode
+
+
+class SampleMasks(Operation):
+    """Masks drawn on the loader. A row holds: number of context tokens, the context tokens, M target blocks."""
+
+    def __init__(self, sampler: masks.MaskSampler):
+        super().__init__()
+        self.sampler = sampler
+        self.target_room = sampler.max_target_tokens()
+
+    def declare_state_and_memory(self, previous_state):
+        row = 1 + self.sampler.context_room + self.sampler.num_targets * self.target_room
+        return replace(previous_state, jit_mode=True, shape=(row,), dtype=np.dtype("i4")), AllocationQuery(
+            (row,), np.dtype("i4")
+        )
+
+    def generate_code(self):
+        iterator, sampler = Compiler.get_iterator(), self.sampler
+        seed, room, num_targets, limit = (
+            np.uint64(sampler.seed),
+            sampler.context_room,
+            sampler.num_targets,
+            sampler.limit,
+        )
+        sizes_of, draw_image = sampler.sizes_of, sampler.draw_image
+        grid, target_scale, aspect_ratio, context_scale = sampler.geometry
+
+        def sample_masks(batch_indices, rows, metadata, storage_state):
+            for position in iterator(len(batch_indices)):
+                step, sample = batch_indices[position] >> TIME_SHIFT, batch_indices[position] & _SAMPLE
+                one, two, three = masks.size_numbers(seed, step)
+                sizes = sizes_of(one, two, three, grid, target_scale, aspect_ratio, context_scale)
+                tokens = sizes[0] * sizes[1]
+                row = rows[position]
+                targets = row[1 + room : 1 + room + num_targets * tokens].reshape((num_targets, tokens))
+                row[0] = draw_image(seed, step, sample, grid, sizes[:2], sizes[2:], limit, row[1 : 1 + room], targets)
+            return rows[: len(batch_indices)]
+
+        sample_masks.is_parallel = True
+        return sample_masks
+
+
+class ToTensors(Operation):
+    """numpy to torch, for one array or a tuple of them; no copy."""
+
+    def generate_code(self):
+        def to_tensors(arrays, _):
+            return tuple(map(torch.from_numpy, arrays)) if isinstance(arrays, tuple) else torch.from_numpy(arrays)
+
+        return to_tensors
+
+    def declare_state_and_memory(self, previous_state):
+        return replace(previous_state, jit_mode=False), None
+
+
+class _KeyOrder(TraversalOrder):
+    """Hands FFCV the numbers it is given. FFCV wants an instance that gives itself when called with the loader."""
+
+    def __init__(self, keys: np.ndarray):
+        self.keys = keys
+
+    def __call__(self, loader):
+        return self
+
+    def sample_order(self, epoch: int) -> np.ndarray:
+        return self.keys
+
+
+class _Traversal(EpochIterator):
+    """FFCV's loading thread, watched: its death reaches the consumer, who would wait for ever otherwise."""
+
+    error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except BaseException as error:  # whatever ended the thread is raised again in the consumer
+            self.error = error
+
+    def __next__(self):
+        while True:
+            try:
+                result = self.output_queue.get(timeout=_STALL_SECONDS)
+                break
+            except queue.Empty:
+                if not self.is_alive() and self.output_queue.empty():
+                    raise LoaderError(f"the loading thread died: {self.error!r}") from self.error
+        if result is None:
+            self.close()
+            raise StopIteration
+        slot, arrays = result
+        if torch.cuda.is_available():
+            self.current_stream.wait_stream(self.cuda_streams[slot])
+        return arrays
+
+
+class Pipeline:
+    """An FFCV loader over given keys, in order. Compiling it takes seconds, so it's made once and traversed often."""
+
+    def __init__(self, dataset: Dataset, pipelines: dict, *, batch_size: int, num_workers: int):
+        self.batch_size = batch_size
+        self.num_workers = max(1, min(num_workers, numba.config.NUMBA_NUM_THREADS))
+        reader = Reader(dataset.path)
+        unused = {name: None for name in reader.handlers if name not in pipelines}
+        with _torch_threads_kept():
+            self.ffcv = FFCVLoader(
+                dataset.path,
+                batch_size=batch_size,
+                num_workers=self.num_workers,
+                os_cache=True,
+                order=_KeyOrder(np.arange(1, dtype=np.uint64)),
+                pipelines={**pipelines, **unused},
+                batches_ahead=_BATCHES_AHEAD,
+            )
+
+    def traverse(self, keys: np.ndarray) -> Iterator[tuple]:
+        """The outputs for ``keys`` uint64 [n] in batches, the last of which may be smaller."""
+        threads = torch.get_num_threads()
+        Compiler.set_num_threads(self.num_workers)  # numba's number is each thread's own; FFCV sets torch's with it
+        traversal = _Traversal(self.ffcv, keys)
+        torch.set_num_threads(threads)
+        try:
+            for position, outputs in enumerate(traversal):
+                if position == 0:
+                    torch.set_num_threads(threads)  # the loading thread has set it meanwhile
+                yield outputs
+        finally:
+            traversal.close()
+
+
+@contextmanager
+def _torch_threads_kept():
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def image_spec(operation: Operation) -> PipelineSpec:
+    """A pipeline from the image field through ``operation`` to tensors."""
+    return PipelineSpec("image", decoder=operation, transforms=[ToTensors()])
+
+
+def label_specs(dataset: Dataset, fields: Iterable[str]) -> dict[str, PipelineSpec]:
+    """Pipelines of the label fields, in the file's order, which is that of FFCV's outputs. Their decoders take the keys
+    for samples: only for keys whose time is 0."""
+    handlers = Reader(dataset.path).handlers
+    return {
+        name: PipelineSpec(
+            name,
+            decoder=IntDecoder() if isinstance(handlers[name], IntField) else FloatDecoder(),
+            transforms=[ToTensors()],
+        )
+        for name in handlers
+        if name in fields
+    }
+
+
+def refuse_failed(failed: torch.Tensor, samples: np.ndarray, path: str) -> None:
+    if failed.any():
+        bad = ", ".join(str(int(sample)) for sample in samples[failed.numpy()[:, 0] != 0][:8])
+        raise DecodeError(
+            f"{path}: sample {bad} cannot be decoded; find all with: python data_prep/to_ffcv.py --verify {path}"
+        )

@@ -1,0 +1,1 @@
+"""What takes optimizer steps, and its checkpoints; all of DeepSpeed is imported here."""

@@ -1,0 +1,85 @@
+"""What is measured side by side: the trained encoder, the same at random initialisation, and raw pixels.
+
+Shapes: B images, H x W pixels, N patches, D encoder width, F features of an image.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ijepa_ds.build import build_encoder, working_dtype
+from ijepa_ds.config import Config
+from ijepa_ds.distributed import Process
+from ijepa_ds.evaluation.subject import Target
+from ijepa_ds.method.encoder import VisionTransformer
+from ijepa_ds.method.ijepa import normalize_images
+
+PIXELS = 16  # raw pixels are compared at 16 x 16
+BLOCKS = 4  # whose outputs `last4` holds
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Something that turns images into features; ``views`` names columns of these.
+
+    ``module`` is the transformer itself, for tasks that need more than pooled features, and ``build`` makes it anew in
+    float32, to be trained; None for raw pixels.
+    """
+
+    name: str  # "trained", "random" or "pixels"
+    seed: int
+    width: int  # F
+    views: dict[str, slice]
+    forward: Callable[[Tensor], Tensor]  # uint8 [B, H, W, 3] on the device -> [B, F]
+    module: VisionTransformer | None = None
+    build: Callable[[], VisionTransformer] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.seed}" if self.name == "random" else self.name
+
+
+def encoders_to_measure(target: Target, process: Process, *, random_seeds: int) -> Iterator[Encoder]:
+    """One after the other, so that one is in memory at a time: trained, random ones, pixels."""
+    config = target.config
+    for name, seed in [("trained", 0), *(("random", seed) for seed in range(random_seeds))]:
+        build = functools.partial(_build, target, seed, trained=name == "trained")
+        module = build().to(process.device, working_dtype(config)).eval().requires_grad_(False)
+        width, blocks = module.embed_dim, min(BLOCKS, len(module.blocks))
+        views = {"last": slice(-width, None), "last4": slice(None)}
+        yield Encoder(name, seed, blocks * width, views, pooled_features(module, config), module, build)
+    yield Encoder("pixels", 0, 3 * PIXELS**2, {"pixels": slice(None)}, small_pixels)
+
+
+def _build(target: Target, seed: int, *, trained: bool) -> VisionTransformer:
+    config = target.config
+    module = build_encoder(config, torch.Generator().manual_seed(config.ijepa.run.seed + seed))
+    if trained:
+        module.load_state_dict(target.weights)
+    return module
+
+
+def pooled_features(module: VisionTransformer, config: Config) -> Callable[[Tensor], Tensor]:
+    """uint8 images [B, H, W, 3] -> the last four blocks' normed features, averaged over patches: [B, 4 D], fp32.
+
+    The last block's come last. An encoder of fewer blocks gives all it has.
+    """
+    data, weight = config.ijepa.data, module.patch_embed.proj.weight
+    mean, std = (torch.tensor(values, device=weight.device) for values in (data.mean, data.std))
+    blocks_out = min(BLOCKS, len(module.blocks))
+
+    def forward(images: Tensor) -> Tensor:
+        blocks = module(normalize_images(images, mean=mean, std=std, dtype=weight.dtype), blocks_out=blocks_out)
+        return torch.cat([block.float().mean(1) for block in (blocks if blocks_out > 1 else [blocks])], dim=1)
+
+    return forward
+
+
+def small_pixels(images: Tensor) -> Tensor:
+    """uint8 images [B, H, W, 3] -> [B, 3 * 16 * 16], from 0 to 1."""
+    return F.interpolate(images.permute(0, 3, 1, 2).float() / 255, size=(PIXELS, PIXELS), mode="area").flatten(1)

@@ -1,0 +1,1 @@
+"""Probes on tensors: they know nothing of files, options or configurations."""

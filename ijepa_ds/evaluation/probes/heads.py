@@ -1,0 +1,197 @@
+"""Many linear classifiers on the same features, trained together: one large product for all heads of a kind.
+
+A head is a linear layer, or BatchNorm and a linear layer. BatchNorm's statistics depend on its input alone, so all
+heads share them; its scale and shift, which each head has for itself, fold into the head's matrix:
+W (gamma * x + beta) + b = (W * gamma) x + (W beta + b). The gradients are written out, which saves autograd's copies.
+
+Shapes: n rows, D features, H heads of a stack, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ijepa_ds.distributed import Process
+from ijepa_ds.evaluation.probes.head_optimizers import lars_step, sgd_step
+from ijepa_ds.evaluation.probes.recipes import Head
+
+BN_EPS, BN_MOMENTUM = 1e-5, 0.1  # torch's
+INIT_STD = 0.01
+CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MiB in float32
+STEPS = {"lars": lars_step, "sgd": sgd_step}
+
+
+class HeadStack:
+    """The heads that share an input: the same columns, all with BatchNorm or all without."""
+
+    def __init__(self, heads: list[Head], width: int, num_classes: int, *, device: torch.device, seed: int):
+        self.heads, self.num_classes = heads, num_classes
+        self.normed = heads[0].norm == "bn"
+        count = len(heads)
+        start = INIT_STD * torch.randn(num_classes, width, generator=torch.Generator().manual_seed(seed))
+        self.weight = start.to(device).expand(count, -1, -1).clone()  # [H, C, D]: all heads start alike
+        self.bias = torch.zeros(count, num_classes, device=device)
+        self.gamma = torch.ones(count, width, device=device) if self.normed else None
+        self.beta = torch.zeros(count, width, device=device) if self.normed else None
+        self.lr = torch.tensor([head.lr for head in heads], device=device)
+        self.weight_decay = torch.tensor([head.weight_decay for head in heads], device=device)
+        self.momenta = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What is trained, each [H, ...]; the matrices first."""
+        return [self.weight, self.bias] + ([self.gamma, self.beta] if self.normed else [])
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight [H * C, D] and bias [H * C] of the one product."""
+        weight, bias = self.weight, self.bias
+        if self.normed:
+            bias = bias + torch.einsum("hcd,hd->hc", weight, self.beta)
+            weight = weight * self.gamma[:, None, :]
+        return weight.flatten(0, 1), bias.flatten()
+
+    def gradients(self, rows: Tensor, labels: Tensor, *, total: int) -> tuple[list[Tensor], Tensor]:
+        """Of the mean cross-entropy over ``total`` rows, of which these are some.
+
+        Args:
+            rows: [n, D], normalised where the heads have BatchNorm.
+            labels: [n].
+            total: rows of the whole batch, over all processes.
+
+        Returns:
+            Gradients of the folded weight [H, C, D] and bias [H, C] (see :meth:`unfold`), and the loss [H].
+        """
+        weight, bias = self.folded()
+        count = len(self.heads)
+        weight_gradient, bias_gradient = torch.zeros_like(weight), torch.zeros_like(bias)
+        loss = torch.zeros(count, device=rows.device)
+        chunk = max(1, CHUNK_ELEMENTS // len(bias))
+        for some, some_labels in zip(rows.split(chunk), labels.split(chunk), strict=True):
+            logits = torch.addmm(bias, some, weight.T).view(len(some), count, self.num_classes)
+            picked = some_labels[:, None, None].expand(-1, count, 1)
+            log_sum = logits.logsumexp(dim=2, keepdim=True)
+            loss += (log_sum - logits.gather(2, picked)).sum(dim=(0, 2))
+            wrong = logits.sub_(log_sum).exp_()  # the probabilities, less 1 at the label, is the gradient
+            wrong.scatter_add_(2, picked, wrong.new_full((), -1.0).expand(picked.shape))
+            flat = wrong.view(len(some), -1)
+            weight_gradient.addmm_(flat.T, some, alpha=1 / total)
+            bias_gradient.add_(flat.sum(dim=0), alpha=1 / total)
+        return [weight_gradient.view_as(self.weight), bias_gradient.view_as(self.bias)], loss / total
+
+    def unfold(self, weight_gradient: Tensor, bias_gradient: Tensor) -> list[Tensor]:
+        """Gradients of :attr:`parameters` from those of the folded weight [H, C, D] and bias [H, C]."""
+        if not self.normed:
+            return [weight_gradient, bias_gradient]
+        gamma = (weight_gradient * self.weight).sum(dim=1)
+        beta = torch.einsum("hc,hcd->hd", bias_gradient, self.weight)
+        weight = weight_gradient.mul_(self.gamma[:, None, :])
+        weight.add_(bias_gradient[:, :, None] * self.beta[:, None, :])
+        return [weight, bias_gradient, gamma, beta]
+
+    def predict(self, rows: Tensor) -> Tensor:
+        """The class that each head gives each row: [n, H]."""
+        weight, bias = self.folded()
+        chunk = max(1, CHUNK_ELEMENTS // len(bias))
+        logits = (torch.addmm(bias, some, weight.T) for some in rows.split(chunk))
+        return torch.cat([some.view(-1, len(self.heads), self.num_classes).argmax(dim=2) for some in logits])
+
+
+class SharedBatchNorm:
+    """What all BatchNorms of the grid have in common: the statistics of each feature, [D].
+
+    A batch's are those of all its rows on all processes, so that neither their number nor the micro-batch matters.
+    """
+
+    def __init__(self, width: int, device: torch.device):
+        self.mean, self.variance = torch.zeros(width, device=device), torch.ones(width, device=device)
+
+    def normalise_batch(self, rows: Tensor, *, total: int, process: Process) -> Tensor:
+        """This process's rows [n, D] of a batch of ``total``, by the batch's statistics; the running ones are moved."""
+        mean = _summed(rows.sum(dim=0), process) / total
+        # A second pass: the difference of two large sums would lose what a feature far from 0 varies by.
+        variance = _summed((rows - mean).square().sum(dim=0), process) / total
+        self.mean.lerp_(mean, BN_MOMENTUM)
+        self.variance.lerp_(variance * (total / max(1, total - 1)), BN_MOMENTUM)  # unbiased, as torch keeps it
+        return (rows - mean) * (variance + BN_EPS).rsqrt()
+
+    def normalise(self, rows: Tensor) -> Tensor:
+        """Rows [n, D] by the running statistics, for the test."""
+        return (rows - self.mean) * (self.variance + BN_EPS).rsqrt()
+
+
+class HeadGrid:
+    """All heads of a grid over the columns ``views`` of one feature matrix [n, D]."""
+
+    def __init__(
+        self,
+        heads: list[Head],
+        views: dict[str, slice],
+        width: int,
+        num_classes: int,
+        *,
+        optimizer: str,
+        process: Process,
+        seed: int,
+    ):
+        self.heads, self.views, self.process = heads, views, process
+        self.step_optimizer = STEPS[optimizer]
+        kinds: dict[tuple[str, str], list[Head]] = {}
+        for head in heads:
+            kinds.setdefault((head.features, head.norm), []).append(head)
+        self.stacks = [
+            HeadStack(kind, len(range(width)[views[features]]), num_classes, device=process.device, seed=seed)
+            for (features, _), kind in kinds.items()
+        ]
+        self._batch_norm = SharedBatchNorm(width, process.device) if any(s.normed for s in self.stacks) else None
+
+    @torch.no_grad()
+    def step(self, rows: Tensor, labels: Tensor, *, total: int, lr_factor: float) -> Tensor:
+        """One optimizer step on this process's rows [n, D] and labels [n] of a batch of ``total``.
+
+        Returns:
+            The loss of each head before the step, [H], in the order of :attr:`order`.
+        """
+        normed = self._batch_norm and self._batch_norm.normalise_batch(rows, total=total, process=self.process)
+        losses = []
+        for stack in self.stacks:
+            own = (normed if stack.normed else rows)[:, self.views[stack.heads[0].features]]
+            folded, loss = stack.gradients(own, labels, total=total)
+            gradients = stack.unfold(*(_summed(gradient, self.process) for gradient in folded))
+            losses.append(_summed(loss, self.process))
+            self.step_optimizer(
+                stack.parameters, gradients, stack.momenta, lr=stack.lr * lr_factor, weight_decay=stack.weight_decay
+            )
+        return torch.cat(losses)
+
+    @torch.no_grad()
+    def predict(self, batches: Iterable[Tensor]) -> Tensor:
+        """The class that each head gives each of all rows, int64 [n, H] on the CPU, heads as in :attr:`order`."""
+        found = []
+        for rows in batches:
+            rows = rows.to(self.process.device)
+            normed = self._batch_norm and self._batch_norm.normalise(rows)
+            own = [(normed if s.normed else rows)[:, self.views[s.heads[0].features]] for s in self.stacks]
+            parts = [stack.predict(some) for stack, some in zip(self.stacks, own, strict=True)]
+            found.append(torch.cat(parts, dim=1).cpu())
+        return torch.cat(found)
+
+    @property
+    def order(self) -> list[Head]:
+        """The heads, stack by stack."""
+        return [head for stack in self.stacks for head in stack.heads]
+
+
+def steps_per_epoch(num_images: int, batch: int) -> int:
+    """Whole batches of an epoch, at least one."""
+    return max(1, math.floor(num_images / batch))
+
+
+def _summed(values: Tensor, process: Process) -> Tensor:
+    if process.world_size > 1:
+        dist.all_reduce(values)
+    return values

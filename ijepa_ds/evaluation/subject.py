@@ -1,0 +1,129 @@
+"""Which weights an evaluation measures: the target encoder of a run, of one of its checkpoints, or a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ijepa_ds.build import build_encoder, encoder_dimensions
+from ijepa_ds.config import Config, load_config, parse_config
+from ijepa_ds.engine.checkpoint_files import checkpoint_step
+from ijepa_ds.errors import UserError
+from ijepa_ds.exchange.export import target_encoder_weights
+from ijepa_ds.exchange.inferred_config import infer_config
+from ijepa_ds.exchange.read import read_encoder
+from ijepa_ds.method.positions import sine_cosine_positions
+from ijepa_ds.run.folder import find_checkpoint, read_run_config
+
+POSITIONS = "pos_embed"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The encoder to measure: its configuration, its state dict under timm's names, and where it is from."""
+
+    config: Config
+    weights: dict[str, Tensor]
+    source: str
+    path: Path  # the file or folder that was read
+    folder: Path  # where results belong
+    step: int = 0
+    encoder: str = "target"  # or "context" or "unknown", of a file of others
+
+    def say(self) -> str:
+        """Which encoder of what."""
+        named = (
+            "an encoder that does not say which it is"
+            if self.encoder == "unknown"
+            else f"the {self.encoder.upper()} encoder"
+        )
+        return f"{named} of {self.source}"
+
+
+def load_target(
+    path: Path, config_path: str | None = None, *, image_size: int | None = None, heads: int | None = None
+) -> Target:
+    """Find the encoder behind ``--checkpoint``: a run folder (newest checkpoint), a checkpoint, or a file of others.
+
+    Of what holds several encoders the target encoder is taken. A file needs no configuration where its tensors tell all
+    sizes.
+
+    Args:
+        path: what to read; see :func:`ijepa_ds.exchange.read.read_encoder` for the formats of others.
+        config_path: a configuration, for a file.
+        image_size: evaluate at another size than it was built for; positions are computed anew for the other grid.
+        heads: number of attention heads, where nothing tells it.
+
+    Raises:
+        UserError: nothing there, damaged, or of another architecture (with all tensors that differ).
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a run folder, such as runs/scenes_tiny")
+    others = path.is_file() or (path / "model.safetensors").is_file()
+    target = _from_others(path, config_path, heads) if others else _from_run(path)
+    config = _resized(target.config, image_size) if image_size is not None else target.config
+    # Positions are fixed, so they need not be read.
+    positions = sine_cosine_positions(target.weights["norm.weight"].shape[0], config.grid)[None]
+    weights = {**target.weights, POSITIONS: positions}
+    check_fits(weights, config, path)
+    return dataclasses.replace(target, config=config, weights=weights)
+
+
+def _from_others(path: Path, config_path: str | None, heads: int | None) -> Target:
+    config = None if config_path is None else load_config(config_path)
+    if config is not None and path.is_file():  # a transformers folder tells its own
+        heads = encoder_dimensions(config).heads if heads is None else heads
+    found = read_encoder(path, heads=heads)
+    if config is None:
+        raw, _ = infer_config(found)
+        raw["ijepa"]["run"] = {"name": path.name}
+        config = parse_config(raw, source=f"the configuration inferred from {path}")
+    folder = (path.parent if path.is_file() else path) / "evaluation"
+    return Target(config, found.weights, found.source, path, folder, encoder=found.role)
+
+
+def _from_run(path: Path) -> Target:
+    run, checkpoint = find_checkpoint(path)
+    config, step = read_run_config(run), checkpoint_step(checkpoint)
+    weights = target_encoder_weights(checkpoint, config.grid)
+    return Target(config, weights, f"{run} at step {step}", checkpoint, run / "evaluation", step)
+
+
+def check_fits(weights: dict[str, Tensor], config: Config, path: Path) -> None:
+    """Raises:
+    UserError: a tensor of the configuration's encoder is missing, of another shape, or not known; all are named.
+    """
+    with torch.device("meta"):
+        expected = build_encoder(config).state_dict()
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in sorted(expected.keys() | weights.keys(), key=_natural):
+        here, there = (tuple(d[name].shape) if name in d else None for d in (expected, weights))
+        if here != there:
+            difference = f"{there or 'missing'} there, {here or 'unknown'} by the configuration"
+            groups.setdefault((re.sub(r"^blocks\.\d+\.", "blocks.*.", name), difference), []).append(name)
+    if groups:
+        count = sum(map(len, groups.values()))
+        named = "; ".join(
+            f"{name if len(names) > 1 else names[0]}{f' of {len(names)} blocks' if len(names) > 1 else ''} {difference}"
+            for (name, difference), names in groups.items()
+        )
+        raise UserError(
+            f"{path} does not fit the configuration, give the one it was trained with: {count} tensors differ: {named}"
+        )
+
+
+def _resized(config: Config, image_size: int) -> Config:
+    patch = config.ijepa.model.patch_size
+    if image_size < patch or image_size % patch:
+        raise UserError(f"--image-size {image_size} must be a multiple of the encoder's patches of {patch} pixels")
+    data = dataclasses.replace(config.ijepa.data, image_size=(image_size, image_size))
+    return dataclasses.replace(config, ijepa=dataclasses.replace(config.ijepa, data=data))
+
+
+def _natural(name: str) -> list:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

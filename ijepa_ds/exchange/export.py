@@ -1,0 +1,224 @@
+"""``python -m ijepa_ds export``: a run's encoder for timm, transformers or the released code's tools.
+
+The tensor names are timm's. Every file says which encoder it holds: the TARGET encoder, unless asked otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ijepa_ds.build import encoder_dimensions, schedules_of
+from ijepa_ds.config import Config
+from ijepa_ds.engine.checkpoint_files import TARGET, checkpoint_processes, checkpoint_step, read_weights
+from ijepa_ds.errors import UserError
+from ijepa_ds.exchange.tensor_names import to_reference, to_transformers
+from ijepa_ds.files import _replace
+from ijepa_ds.method.ijepa import ENCODER, PREDICTOR
+from ijepa_ds.method.positions import sine_cosine_positions
+from ijepa_ds.run.folder import find_checkpoint, read_run_record
+
+LAYER_NORM_EPS = 1e-6
+_DESCRIPTIONS = {
+    "target": "target (the moving average, which is what I-JEPA evaluates)",
+    "context": "context (what the optimizer trains; I-JEPA evaluates the target encoder)",
+}
+_HELP = """
+formats:
+  timm          target_encoder.safetensors, or context_encoder.safetensors: what
+                timm.create_model(MODEL, checkpoint_path=FILE) loads, strictly
+  transformers  a folder with config.json and model.safetensors: what
+                transformers.IJepaModel.from_pretrained(FOLDER) loads
+  reference     checkpoint.pth.tar as the released code writes it: both encoders and the
+                predictor, but no optimizer state, so its training cannot go on from it
+
+I-JEPA is evaluated by its TARGET encoder, which is the default. Tools that read the released
+code's format often take its key 'encoder', which is the context encoder.
+"""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What is exported: a checkpoint, its run's configuration, which encoder, and the grid of the positions."""
+
+    checkpoint: Path
+    config: Config
+    encoder: str
+    image_size: tuple[int, int]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        patch = self.config.ijepa.model.patch_size
+        return self.image_size[0] // patch, self.image_size[1] // patch
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says of itself."""
+        return {
+            "format": "pt",
+            "encoder": _DESCRIPTIONS[self.encoder],
+            "run": self.config.ijepa.run.name,
+            "step": str(checkpoint_step(self.checkpoint)),
+        }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of ``python -m ijepa_ds export``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ijepa_ds export",
+        description="Write a run's encoder in a format that other projects load.",
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="a run folder (its newest checkpoint) or one of its checkpoints")
+    parser.add_argument("--format", choices=("timm", "transformers", "reference"), default="timm")
+    parser.add_argument("--encoder", choices=("target", "context"), default="target", help="default: target")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="positions for images of this size, or rows and columns (default: the run's); they are computed again, "
+        "not interpolated",
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder to write to (default: below the run folder's export/)")
+    options = parser.parse_args(arguments)
+    run, checkpoint = find_checkpoint(Path(options.run))
+    config, images = read_run_record(run)
+    exported = Exported(checkpoint, config, options.encoder, _image_size(options.image_size, config))
+    out = Path(options.out) if options.out else run / "export"
+    if out.is_file():
+        raise UserError(f"--out {out} is a file; give a folder")
+    try:
+        if options.format == "reference":
+            path = export_reference(exported, out, images)
+        elif options.format == "transformers":
+            default = "transformers" if options.encoder == "target" else "transformers_context"
+            path = export_transformers(exported, out if options.out else out / default)
+        else:
+            path = _write_timm(exported, out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error}); choose another --out") from None
+    print(f"written: {path}, {_what_it_holds(path, options)} of {checkpoint}")
+    return 0
+
+
+def target_encoder_weights(checkpoint: Path, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """The target encoder's fp32 state dict under timm's names, positions in full precision."""
+    return encoder_weights(checkpoint, grid, "target")
+
+
+def encoder_weights(checkpoint: Path, grid: tuple[int, int], encoder: str) -> dict[str, Tensor]:
+    """The same of the encoder asked for, "target" or "context"."""
+    weights = read_weights(checkpoint, TARGET if encoder == "target" else "master", f"{ENCODER}.")
+    width = weights["norm.weight"].shape[0]
+    return {"pos_embed": sine_cosine_positions(width, grid)[None], **weights}
+
+
+def export_timm(checkpoint: Path, config: Config, folder: Path) -> Path:
+    """Write the target encoder as safetensors that ``timm.create_model(..., checkpoint_path=...)`` loads strictly."""
+    return _write_timm(Exported(checkpoint, config, "target", config.ijepa.data.image_size), folder)
+
+
+def export_transformers(exported: Exported, folder: Path) -> Path:
+    """Write config.json and model.safetensors, which ``IJepaModel.from_pretrained`` loads; returns the folder.
+
+    Images must have exactly ``image_size``, which need not be square. (With ``interpolate_pos_encoding`` the library
+    would interpolate positions bicubically from a square grid; export for another size instead.)
+    """
+    weights = to_transformers(encoder_weights(exported.checkpoint, exported.grid, exported.encoder))
+    dimensions = encoder_dimensions(exported.config)
+    rows, columns = exported.image_size
+    config = {
+        "architectures": ["IJepaModel"],
+        "model_type": "ijepa",
+        "hidden_size": dimensions.width,
+        "num_hidden_layers": dimensions.depth,
+        "num_attention_heads": dimensions.heads,
+        "intermediate_size": weights["encoder.layer.0.intermediate.dense.bias"].shape[0],
+        "image_size": rows if rows == columns else [rows, columns],
+        "patch_size": exported.config.ijepa.model.patch_size,
+        "num_channels": 3,
+        "layer_norm_eps": LAYER_NORM_EPS,  # the library's default is 1e-12
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "dtype": "float32",
+        "ijepa_encoder": exported.metadata()["encoder"],
+    }
+    _save_safetensors(weights, folder / "model.safetensors", exported.metadata())
+    _replace(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    return folder
+
+
+def export_reference(exported: Exported, folder: Path, images: int | None) -> Path:
+    """Write ``checkpoint.pth.tar`` as the released code does, as far as a run of ours has it.
+
+    ``images``: number of training images, from which epoch and learning rate follow; None where it is not known. The
+    optimizer's state is left out: its order of parameters is that code's own.
+    """
+    checkpoint, config = exported.checkpoint, exported.config
+    step, processes = checkpoint_step(checkpoint), checkpoint_processes(checkpoint)
+    predictor = read_weights(checkpoint, "master", f"{PREDICTOR}.")
+    width = predictor["predictor_norm.weight"].shape[0]
+    predictor = {"predictor_pos_embed": sine_cosine_positions(width, exported.grid)[None], **predictor}
+    content: dict[str, Any] = {
+        "encoder": to_reference(encoder_weights(checkpoint, exported.grid, "context")),
+        "predictor": to_reference(predictor),
+        "target_encoder": to_reference(encoder_weights(checkpoint, exported.grid, "target")),
+        "batch_size": config.global_batch // processes,  # there: of one process
+        "world_size": processes,
+        "epoch": 0,
+    }
+    left_out = ["opt", "scaler", "loss"]
+    if images is not None and step > 0:
+        steps_per_epoch = images // config.global_batch
+        content["epoch"] = step // steps_per_epoch
+        content["lr"] = schedules_of(config, steps_per_epoch).at(step - 1).lr  # of the last step taken
+    else:
+        left_out.append("lr")
+    content["ijepa_ds"] = {**exported.metadata(), "left_out": left_out}
+    path = folder / "checkpoint.pth.tar"
+    _replace(path, lambda temporary: torch.save(content, temporary))
+    return path
+
+
+def _write_timm(exported: Exported, folder: Path) -> Path:
+    weights = encoder_weights(exported.checkpoint, exported.grid, exported.encoder)
+    path = folder / f"{exported.encoder}_encoder.safetensors"
+    _save_safetensors(weights, path, exported.metadata())
+    return path
+
+
+def _save_safetensors(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    _replace(path, lambda temporary: save_file(weights, temporary, metadata=metadata))
+
+
+def _what_it_holds(path: Path, options: argparse.Namespace) -> str:
+    if options.format != "reference":
+        return f"the {options.encoder.upper()} encoder"
+    left_out = torch.load(path, weights_only=True, mmap=True)["ijepa_ds"]["left_out"]
+    return (
+        "the TARGET encoder under 'target_encoder', the context encoder under 'encoder' (which other tools often take) "
+        f"and the predictor, without {', '.join(left_out)},"
+    )
+
+
+def _image_size(asked: list[int] | None, config: Config) -> tuple[int, int]:
+    if asked is None:
+        return config.ijepa.data.image_size
+    patch = config.ijepa.model.patch_size
+    if len(asked) > 2 or any(side < patch or side % patch for side in asked):
+        raise UserError(
+            f"--image-size {' '.join(map(str, asked))} must be one or two multiples of the patch size, {patch} pixels"
+        )
+    return asked[0], asked[-1]

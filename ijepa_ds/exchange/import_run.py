@@ -1,0 +1,137 @@
+"""``python -m ijepa_ds import``: a run folder from a checkpoint in the released code's format.
+
+The folder holds a complete checkpoint of step 0: masters from encoder and predictor, the average from the target
+encoder, moments zero. So a run can go on from it, and it can be evaluated and exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ijepa_ds.build import build_ijepa, build_sampler, build_target, encoder_dimensions
+from ijepa_ds.config import Config, apply_override, load_config, parse_config
+from ijepa_ds.distributed import Process
+from ijepa_ds.engine.checkpoint import save_checkpoint
+from ijepa_ds.engine.checkpoint_files import list_checkpoints
+from ijepa_ds.engine.shards import MasterShard, replicated_shards
+from ijepa_ds.engine.target_encoder import TargetEncoder
+from ijepa_ds.errors import UserError
+from ijepa_ds.exchange.inferred_config import infer_config, size_differences
+from ijepa_ds.exchange.read import ReferenceCheckpoint, read_reference
+from ijepa_ds.method.ijepa import ENCODER, PREDICTOR
+from ijepa_ds.method.optimizer import build_optimizer
+from ijepa_ds.run.folder import RunFolder
+
+_HELP = """
+The file is read as tensors and plain values; nothing in it is executed. Sizes are read off the
+tensors. Heads are not in them: they follow from a named width (192, 384, 768, 1024, 1280, 1408),
+from --config or from --heads.
+
+Afterwards:
+  deepspeed run.py --config RUN/recipe.json      go on from it, at step 0 of the recipe
+  python -m ijepa_ds evaluate --checkpoint RUN   probe its target encoder
+  python -m ijepa_ds export RUN --format timm    hand it on
+The optimizer's moments start at zero, as the step does.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of ``python -m ijepa_ds import``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ijepa_ds import",
+        description="Make a run folder from a checkpoint in the released code's format.",
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT.pth.tar")
+    parser.add_argument("--out", required=True, metavar="RUN", help="the run folder to make, such as runs/released")
+    parser.add_argument("--config", metavar="FILE.json", help="a file of ds_configs/ (default: inferred, and printed)")
+    parser.add_argument("--heads", type=int, help="attention heads, where the width is none of the named ones")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="such as ijepa.data.workers=4")
+    options = parser.parse_args(arguments)
+    out = Path(options.out)
+    if list_checkpoints(out / "checkpoints"):
+        raise UserError(f"{out} holds checkpoints already and is not overwritten; choose another --out")
+    if out.name in ("", ".."):
+        raise UserError(f"--out {options.out} must end in a folder name, such as runs/released")
+    config, checkpoint, origin = _configure(options, out)
+    epochs = "" if checkpoint.epoch is None else f"; trained for {checkpoint.epoch} epochs"
+    print(checkpoint.target.say() + epochs)
+    grid = checkpoint.target.grid
+    if grid != config.grid:
+        print(f"positions are computed again: the file's grid is {grid[0]} x {grid[1]}, the run's "
+              f"{config.grid[0]} x {config.grid[1]}")  # fmt: skip
+    build_sampler(config)  # refuses a grid that has no masks, before anything is written
+    write_run(config, checkpoint)
+    recipe = out / "recipe.json"
+    recipe.write_text(json.dumps(config.as_dict(), indent=2) + "\n")
+    if options.config is None:
+        print(f"{json.dumps(config.as_dict(), indent=2)}\nno --config was given; {origin}")
+    print(f"written: {out}, to go on from with: deepspeed run.py --config {recipe}")
+    return 0
+
+
+def _configure(options: argparse.Namespace, out: Path) -> tuple[Config, ReferenceCheckpoint, str]:
+    """The run's configuration and the weights that fit it."""
+    run = [f"ijepa.run.folder={json.dumps(str(out.parent))}", f"ijepa.run.name={json.dumps(out.name)}"]
+    if options.config is None:
+        checkpoint = read_reference(options.checkpoint, heads=options.heads)
+        raw, origin = infer_config(checkpoint.target, checkpoint.predictor_sizes)
+        for override in [*options.set, *run]:
+            apply_override(raw, override)
+        config = parse_config(raw, source="the configuration inferred from the tensors")
+    else:
+        config = load_config(options.config, [*options.set, *run])
+        heads = encoder_dimensions(config).heads
+        if options.heads not in (None, heads):
+            raise UserError(f"--heads {options.heads} is not {options.config}'s {heads}; give one of the two")
+        # One head divides any width: a width that is not the configuration's is told below, among all differences.
+        checkpoint, origin = read_reference(options.checkpoint, heads=1).with_heads(heads), options.config
+    differences = size_differences(config, checkpoint.target, checkpoint.predictor_sizes)
+    if differences:
+        lines = "".join(f"\n  - {difference}" for difference in differences)
+        raise UserError(f"{options.checkpoint} does not fit {options.config or 'the configuration'}:{lines}")
+    return config, checkpoint, origin
+
+
+def write_run(config: Config, checkpoint: ReferenceCheckpoint) -> Path:
+    """Make the run folder of ``config`` with a checkpoint of step 0; returns the checkpoint's folder.
+
+    The number of training images stays open: the data need not be there yet.
+    """
+    model = build_ijepa(config)
+    weights = {
+        ENCODER: checkpoint.context.state_dict(config.grid),
+        PREDICTOR: {**checkpoint.predictor, "predictor_pos_embed": model.predictor.predictor_pos_embed.data},
+    }
+    for part, values in weights.items():
+        model.get_submodule(part).load_state_dict(values)
+    shards = _whole_shards(model, config)
+    target_encoder = TargetEncoder(build_target(config), shards)
+    for shard, average in zip(target_encoder.shards, target_encoder.averages, strict=True):
+        name = shard.placements[0].name.removeprefix(f"{ENCODER}.")
+        average.copy_(checkpoint.target.weights[name].reshape(-1))
+    folder = RunFolder(config)
+    folder.prepare(config, num_images=None)
+    process = Process(0, 1, torch.device("cpu"))
+    keep = config.ijepa.checkpoint.keep
+    return save_checkpoint(folder.checkpoints, 0, shards, target_encoder, _no_moments, process, keep=keep)
+
+
+def _whole_shards(model: torch.nn.Module, config: Config) -> list[MasterShard]:
+    """One shard a trained parameter, whole, in the optimizer's groups: what a checkpoint is made of."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimization = config.ijepa.optimization
+    param_groups = build_optimizer(model, betas=optimization.betas, eps=optimization.eps).param_groups
+    groups = [group["params"] for group in param_groups]
+    return replicated_shards(groups, groups, param_groups, names)
+
+
+def _no_moments(shard: MasterShard) -> dict[str, Tensor]:
+    zeros = torch.zeros_like(shard.master)
+    return {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros}

@@ -1,0 +1,31 @@
+"""AdamW with the parameter groups of I-JEPA: no weight decay on biases and one-dimensional tensors.
+
+The encoder's and the predictor's parameters stay in groups of their own, named, so that the flat tensors which ZeRO
+makes of the encoder's groups hold nothing else: the target encoder's average mirrors them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ijepa_ds.method.ijepa import IJEPA
+from ijepa_ds.method.schedules import Hyperparameters
+
+
+def build_optimizer(model: IJEPA, *, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
+    """AdamW over four named groups; learning rate and weight decay are set before each step."""
+    groups: dict[str, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = "decay" if parameter.ndim > 1 else "no_decay"
+            groups.setdefault(f"{name.split('.')[0]}/{decay}", []).append(parameter)
+    fused = next(model.parameters()).device.type == "cuda"
+    parameters = [{"params": members, "name": name} for name, members in groups.items()]
+    return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=fused)
+
+
+def set_hyperparameters(optimizer: torch.optim.Optimizer, now: Hyperparameters) -> None:
+    """Learning rate and weight decay of the coming step."""
+    for group in optimizer.param_groups:
+        group["lr"] = now.lr
+        group["weight_decay"] = 0.0 if group["name"].endswith("no_decay") else now.weight_decay

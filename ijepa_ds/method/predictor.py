@@ -1,0 +1,57 @@
+"""The predictor: a narrow ViT that predicts the target encoder's features of each target block (arXiv 2301.08243, 3).
+
+Shapes: B images, N patches, K context tokens, M target blocks, T tokens of a target block, D encoder width, P
+predictor width.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ijepa_ds.method.encoder import initialize, run_blocks
+from ijepa_ds.method.positions import sine_cosine_positions
+
+
+class Predictor(nn.Module):
+    """Tensor names are the released code's. ``grid`` is (rows, columns) of patches."""
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        encoder_width: int,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        activation_checkpointing: bool = False,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self.activation_checkpointing = activation_checkpointing
+        self.predictor_embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.predictor_pos_embed = nn.Parameter(sine_cosine_positions(width, grid)[None], requires_grad=False)
+        self.predictor_blocks = nn.Sequential(
+            *(Block(width, heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth))
+        )
+        self.predictor_norm = LayerNorm(width)
+        self.predictor_proj = nn.Linear(width, encoder_width)
+        initialize(self, generator)
+
+    def forward(self, context: Tensor, context_block: Tensor, target_blocks: Tensor) -> Tensor:
+        """context [B, K, D], context_block [B, K], target_blocks [M, B, T] -> predictions [M * B, T, D], block-major.
+
+        Each target block has a sequence of its own with full attention; sharing the context tokens between the M
+        sequences would not be exact beyond depth 1.
+        """
+        num_targets, _, target_tokens = target_blocks.shape
+        positions = self.predictor_pos_embed[0]  # [N, P]
+        context = self.predictor_embed(context) + positions[context_block]  # [B, K, P]
+        masked = self.mask_token + positions[target_blocks.flatten(0, 1)]  # [M * B, T, P]
+        tokens = torch.cat([context.repeat(num_targets, 1, 1), masked], dim=1)  # [M * B, K + T, P]
+        tokens = run_blocks(self.predictor_blocks, tokens, self.activation_checkpointing)
+        return self.predictor_proj(self.predictor_norm(tokens[:, -target_tokens:]))  # [M * B, T, D]

@@ -1,0 +1,83 @@
+"""Wall time of the training loop between two readings."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+class Meter:
+    """Wall time of the training loop between two readings: images/s, seconds a step, share of waiting for the loader.
+
+    It never waits for the device. Kernels run behind the host, so the numbers are right over a window that ends where
+    the loop reads its loss, not for a single step. The first step (compilation) and paused time are left out.
+
+    ::
+
+        meter = Meter(images_per_step=2048)
+        for batches in meter.watch(loader):
+            ...
+            meter.step_done()
+            if logging:
+                values |= meter.read()
+    """
+
+    def __init__(self, *, images_per_step: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.images_per_step = images_per_step
+        self._clock = clock
+        self._warm = False
+        self._restart()
+
+    def watch(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The items of ``batches``; the time each takes to arrive counts as waiting (twice if ``batches`` is watched
+        too).
+        """
+        iterator = iter(batches)
+        while True:
+            asked = self._clock()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._waited += self._clock() - asked
+            yield item
+
+    def step_done(self) -> None:
+        """One optimizer step is done."""
+        if self._warm:
+            self._steps += 1
+        else:
+            self._warm = True
+            self._restart()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave out the time spent inside (a checkpoint, an evaluation)."""
+        began, waited = self._clock(), self._waited
+        try:
+            yield
+        finally:
+            self._since += self._clock() - began
+            self._waited = waited
+
+    def read(self) -> dict[str, float]:
+        """``images_per_second``, ``step_seconds``, ``loader_wait`` (0 to 1) since the last reading; {} without a step
+        since.
+        """
+        seconds, steps, waited = self._clock() - self._since, self._steps, self._waited
+        if steps == 0 or seconds <= 0:
+            return {}
+        self._restart()
+        return {
+            "images_per_second": self.images_per_step * steps / seconds,
+            "step_seconds": seconds / steps,
+            "loader_wait": min(1.0, waited / seconds),
+        }
+
+    def _restart(self) -> None:
+        self._since, self._steps, self._waited = self._clock(), 0, 0.0
