@@ -18,7 +18,7 @@ from ffcv.reader import Reader
 from data_prep.images import JPG
 from data_prep.sidecar import sidecar_path
 from ijepa_ds.errors import UserError
-from ijepa_ds.files import pread_fully, sha256_of
+from ijepa_ds.files import checksum, read_at
 from ijepa_ds.progress import Progress
 
 SHOWN = 50  # bad samples that are listed by number
@@ -67,7 +67,7 @@ def _sidecar_problems(path: str) -> Iterator[str]:
         ) from error
     if os.path.getsize(path) != size:
         yield f"it has {os.path.getsize(path)} bytes, but {size} were written: copy or convert it again"
-    elif sha256_of(path) != digest:
+    elif checksum(path) != digest:
         yield "its checksum is not that of the file that was written: copy or convert it again"
 
 
@@ -120,7 +120,7 @@ class Samples:
         if place == len(self.pointers) or int(self.pointers[place]) != pointer:
             return "the allocation table does not have it"
         size = int(self.sizes[place])
-        stored = np.frombuffer(pread_fully(descriptor, size, pointer), dtype=np.uint8)
+        stored = np.frombuffer(read_at(descriptor, size, pointer), dtype=np.uint8)
         if len(stored) != size:
             return "the file ends before it does"
         if not height or not width:

@@ -17,7 +17,7 @@ import numpy as np
 
 from data_prep.source import PackedNames, Source, is_image_name, suffix_of
 from ijepa_ds.errors import UserError
-from ijepa_ds.files import pread_fully
+from ijepa_ds.files import read_at
 
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 META = "data/meta.mat"
@@ -35,7 +35,7 @@ class TarSource(Source):
     def read(self, index: int) -> bytes:
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), os.open(self.root, os.O_RDONLY))
-        return pread_fully(self._opened[1], int(self.sizes[index]), int(self.offsets[index]))
+        return read_at(self._opened[1], int(self.sizes[index]), int(self.offsets[index]))
 
     def take(self, indices: np.ndarray) -> TarSource:
         return replace(super().take(indices), offsets=self.offsets[indices], sizes=self.sizes[indices])

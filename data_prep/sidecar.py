@@ -18,7 +18,7 @@ import numpy as np
 
 from data_prep.images import Encoding
 from data_prep.source import Source
-from ijepa_ds.files import _sync, sha256_of, temporary_beside
+from ijepa_ds.files import checksum, sync, temporary_beside
 
 if TYPE_CHECKING:
     from data_prep.beton_writer import BetonWriter
@@ -54,7 +54,7 @@ def describe(writer: BetonWriter, source: Source, encoding: Encoding, *, given_s
         "ffcv": importlib.metadata.version("ffcv"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "bytes": os.path.getsize(writer.fname),
-        "sha256": sha256_of(writer.fname),
+        "sha256": checksum(writer.fname),
     }
 
 
@@ -80,12 +80,12 @@ def publish(beton: str, temporary: str, note: dict, names: bytes) -> None:
         for path, content in contents.items():
             with open(temporaries[path], "wb") as file:
                 file.write(content)
-            _sync(temporaries[path])
-        _sync(temporary)
+            sync(temporaries[path])
+        sync(temporary)
         for path in contents:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
         os.replace(temporary, beton)
         for path in contents:
             os.replace(temporaries[path], path)
-    _sync(os.path.dirname(os.path.abspath(beton)))
+    sync(os.path.dirname(os.path.abspath(beton)))

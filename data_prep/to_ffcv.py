@@ -197,14 +197,13 @@ def write_beton(arguments: argparse.Namespace, source: Source, encoding: Encodin
     folder = os.path.dirname(os.path.abspath(arguments.out))
     os.makedirs(folder, exist_ok=True)
     check_space(source, encoding, folder)
-    from data_prep.beton_writer import (
-        BetonWriter,  # FFCV brings torch and numba, seconds of import: after the mistakes are found
-    )
+    # FFCV brings torch and numba, seconds of import: after the mistakes are found.
+    from data_prep.beton_writer import BetonWriter
 
     with temporary_beside(arguments.out) as temporary:
         num_workers = min(arguments.workers, len(source))
         writer = BetonWriter(
-            temporary, labels=source.labels, max_resolution=encoding.max_resolution, num_workers=num_workers
+            str(temporary), labels=source.labels, max_resolution=encoding.max_resolution, num_workers=num_workers
         )
         writer.write(source, encoding)
         report_unreadable(source, writer.unreadable)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+
+SHOWN = 8  # of many names, how many a sentence spells out
 
 
 class UserError(Exception):
@@ -17,3 +19,14 @@ def run_command(command: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def some(names: Iterable[object], shown: int = SHOWN) -> str:
+    """The first names of many: ``a, b, c and 12 more``."""
+    texts = list(map(str, names))
+    return ", ".join(texts[:shown]) + (f" and {len(texts) - shown} more" if len(texts) > shown else "")
+
+
+def listing(problems: Sequence[str]) -> str:
+    """All problems, each on a line of its own below the sentence that this is appended to."""
+    return "".join(f"\n  - {problem}" for problem in problems)

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and read with their checksum."""
+"""Files that appear whole or not at all, and checksums of what is there."""
 
 from __future__ import annotations
 
@@ -7,19 +7,40 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 PROJECT = Path(__file__).resolve().parents[1]  # the checkout
+BLOCK = 1 << 22  # bytes read at a time
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under a temporary name, then put it in place: a reader finds the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+@contextlib.contextmanager
+def temporary_beside(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a name in ``path``'s folder, so that renaming it is atomic; the file is removed unless it was renamed."""
+    temporary = Path(f"{os.fspath(path)}.partial-{os.getpid()}")
+    try:
+        yield temporary
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
 
 
-def _write(path: Path, write: Callable) -> None:
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary name to write to; what was written there is on disk under ``path`` when the block is left.
+
+    A reader finds the old file or the new one, after a crash too; an error in the block leaves the old one. The folder
+    is made.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with temporary_beside(path) as temporary:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    sync(Path(path).absolute().parent)
+
+
+def write_synced(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file that is on disk afterwards, for a folder that is renamed as a whole; raises OSError alone."""
     with open(path, "wb") as file:
         try:
             write(file)
@@ -29,57 +50,31 @@ def _write(path: Path, write: Callable) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: str | os.PathLike) -> None:
+    """Bring a file's contents, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def checksum(path: Path) -> str:
-    """sha256 over a file, or over the names and contents of all files of a checkpoint's folder."""
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
-        if file != path:
-            digest.update(str(file.relative_to(path)).encode())
+def checksum(path: str | os.PathLike) -> str:
+    """Return the sha256 of a file, or of the names and contents of all files in a folder."""
+    root, digest = Path(path), hashlib.sha256()
+    for file in sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]:
+        if file != root:
+            digest.update(str(file.relative_to(root)).encode())
         with open(file, "rb") as content:
-            while block := content.read(1 << 22):
+            while block := content.read(BLOCK):
                 digest.update(block)
     return digest.hexdigest()
 
 
-def pread_fully(descriptor: int, size: int, offset: int) -> bytes:
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
     """``size`` bytes at ``offset``, fewer only at the end of the file (one pread may return less than asked)."""
     parts: list[bytes] = []
     while size and (part := os.pread(descriptor, size, offset)):
         parts.append(part)
         size, offset = size - len(part), offset + len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def sha256_of(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def temporary_beside(path: str) -> Iterator[str]:
-    """A name in ``path``'s folder, so that renaming it is atomic. The file is removed unless it was renamed."""
-    temporary = f"{path}.partial-{os.getpid()}"
-    try:
-        yield temporary
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

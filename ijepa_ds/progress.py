@@ -1,33 +1,76 @@
-"""How far a long command is: images done, images/s, time left."""
+"""How far a long command is: how much is done, how fast, and the time left."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
+
+LINE_SECONDS, TTY_SECONDS = 5.0, 0.5
 
 
 class Progress:
-    """On a terminal a line that is rewritten, in a log a line every few seconds."""
+    """A line that is rewritten on a terminal, a line every five seconds in a log, both on stderr.
 
-    def __init__(self, total: int) -> None:
-        self.total, self.started, self.shown = total, time.monotonic(), time.monotonic()
-        self.tty = sys.stderr.isatty()
+    Args:
+        total: how much there is to do.
+        what: in which unit, plural ("images").
+        name: of the work, where several go on one after the other ("features of train").
+        enabled: false on every process but the main one: nothing is written.
+        clock: seconds, for tests.
+    """
 
-    def show(self, count: int, *, every: float | None = None) -> None:
-        now = time.monotonic()
-        if now - self.shown < (every if every is not None else 0.5 if self.tty else 5.0):
-            return
-        self.shown = now
-        rate = count / max(now - self.started, 1e-9)
-        left = f", {duration((self.total - count) / rate)} left" if 0 < count < self.total else ""
-        line = f"{count:,} of {self.total:,} images, {rate:,.0f} images/s{left}"
-        print(f"\r{line:<79}" if self.tty else line, end="" if self.tty else "\n", file=sys.stderr, flush=True)
+    def __init__(
+        self,
+        total: int,
+        *,
+        what: str = "images",
+        name: str = "",
+        enabled: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.what, self.name, self.enabled = total, what, name, enabled
+        self._clock, self._tty = clock, sys.stderr.isatty()
+        self._began = self._shown = clock()
+        self._paused = 0.0
+        self._written = False
 
-    def end(self, count: int) -> None:
-        self.show(count, every=0.0)
-        if self.tty:
-            print(file=sys.stderr, flush=True)
+    def show(self, count: int, note: str = "") -> None:
+        """Say that ``count`` is done, if it is time for a line; ``note`` says what else there is to know."""
+        if self._clock() - self._shown >= (TTY_SECONDS if self._tty else LINE_SECONDS):
+            self._write(count, note)
+
+    def end(self, count: int, note: str = "") -> None:
+        """Say how it ended, where it took long enough for a line before."""
+        if self._written:
+            self._write(count, note)
+            if self._tty and self.enabled:
+                print(file=sys.stderr, flush=True)
+
+    def rate(self, count: int) -> float:
+        """How much was done in a second, pauses left out."""
+        return count / max(self._clock() - self._began - self._paused, 1e-9)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time spent inside, which is other work."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._paused += self._clock() - began
+
+    def _write(self, count: int, note: str) -> None:
+        self._shown, self._written = self._clock(), True
+        rate = self.rate(count)
+        parts = [f"{count:,} of {self.total:,} {self.what}", f"{rate:,.0f} {self.what}/s"]
+        if 0 < count < self.total:
+            parts.append(f"{duration((self.total - count) / rate)} left")
+        line = (f"{self.name}: " if self.name else "") + ", ".join([*parts, *([note] if note else [])])
+        if self.enabled:
+            print(f"\r{line:<79}" if self._tty else line, end="" if self._tty else "\n", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

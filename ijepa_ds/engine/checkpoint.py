@@ -21,7 +21,7 @@ from ijepa_ds.engine.checkpoint_files import FORMAT, TARGET, _open, _state, list
 from ijepa_ds.engine.shards import MasterShard, publish_masters
 from ijepa_ds.engine.target_encoder import TargetEncoder
 from ijepa_ds.errors import UserError
-from ijepa_ds.files import _sync_folder, _write
+from ijepa_ds.files import sync, write_synced
 
 _ADAM = ("exp_avg", "exp_avg_sq")
 
@@ -52,12 +52,12 @@ def save_checkpoint(
     try:
         if process.is_main or shards[0].process_group is not None:  # what is not sharded is written once
             tensors = _own_tensors(shards, target_encoder, adam_state)
-            _write(temporary / f"rank_{process.rank:05d}.pt", lambda file: torch.save(tensors, file))
+            write_synced(temporary / f"rank_{process.rank:05d}.pt", lambda file: torch.save(tensors, file))
         if process.is_main:
             shapes = {p.name: list(p.shape) for shard in shards for p in shard.placements}
             state = {"format": FORMAT, "step": step, "processes": process.world_size, "shapes": shapes}
-            _write(temporary / "state.json", lambda file: file.write(json.dumps(state).encode()))
-            _sync_folder(temporary)
+            write_synced(temporary / "state.json", lambda file: file.write(json.dumps(state).encode()))
+            sync(temporary)
     except OSError as caught:
         error = error or caught
     if on_any_rank([error is not None], process)[0]:
@@ -70,7 +70,7 @@ def save_checkpoint(
     if process.is_main:
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _sync_folder(folder)
+        sync(folder)
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     barrier(process)

@@ -20,7 +20,7 @@ from ijepa_ds.config import Config
 from ijepa_ds.engine.checkpoint_files import TARGET, checkpoint_processes, checkpoint_step, read_weights
 from ijepa_ds.errors import UserError
 from ijepa_ds.exchange.tensor_names import to_reference, to_transformers
-from ijepa_ds.files import _replace
+from ijepa_ds.files import replacing
 from ijepa_ds.method.ijepa import ENCODER, PREDICTOR
 from ijepa_ds.method.positions import sine_cosine_positions
 from ijepa_ds.run.folder import find_checkpoint, read_run_record
@@ -155,7 +155,8 @@ def export_transformers(exported: Exported, folder: Path) -> Path:
         "ijepa_encoder": exported.metadata()["encoder"],
     }
     _save_safetensors(weights, folder / "model.safetensors", exported.metadata())
-    _replace(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
     return folder
 
 
@@ -187,7 +188,8 @@ def export_reference(exported: Exported, folder: Path, images: int | None) -> Pa
         left_out.append("lr")
     content["ijepa_ds"] = {**exported.metadata(), "left_out": left_out}
     path = folder / "checkpoint.pth.tar"
-    _replace(path, lambda temporary: torch.save(content, temporary))
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
     return path
 
 
@@ -200,7 +202,8 @@ def _write_timm(exported: Exported, folder: Path) -> Path:
 
 def _save_safetensors(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}
-    _replace(path, lambda temporary: save_file(weights, temporary, metadata=metadata))
+    with replacing(path) as temporary:
+        save_file(weights, temporary, metadata=metadata)
 
 
 def _what_it_holds(path: Path, options: argparse.Namespace) -> str:
