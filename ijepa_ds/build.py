@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import torch
 
@@ -15,6 +16,13 @@ from ijepa_ds.method.ijepa import IJEPA
 from ijepa_ds.method.masks import MaskSampler, MultiblockSampler, ReferenceSampler, default_context_tokens
 from ijepa_ds.method.predictor import Predictor
 from ijepa_ds.method.schedules import Schedules, build_schedules
+
+
+class Reader(Protocol):
+    """Whose share of a batch this process reads: an engine, that is."""
+
+    data_rank: int
+    data_ranks: int
 
 
 def encoder_dimensions(config: Config) -> Dimensions:
@@ -96,8 +104,8 @@ def build_target(config: Config) -> VisionTransformer:
     return encoder
 
 
-def build_loader(config: Config, dataset: Dataset, sampler: MaskSampler, process: Process) -> PretrainingLoader:
-    """The pretraining loader of this process."""
+def build_loader(config: Config, dataset: Dataset, sampler: MaskSampler, reader: Reader) -> PretrainingLoader:
+    """The pretraining loader of this process's share of each batch."""
     data = config.ijepa.data
     return PretrainingLoader(
         dataset,
@@ -108,8 +116,8 @@ def build_loader(config: Config, dataset: Dataset, sampler: MaskSampler, process
         seed=config.ijepa.run.seed,
         global_batch=config.global_batch,
         micro_batch=config.micro_batch,
-        rank=process.rank,
-        world_size=process.world_size,
+        rank=reader.data_rank,
+        world_size=reader.data_ranks,
         num_workers=data.workers,
     )
 

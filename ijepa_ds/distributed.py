@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,6 +71,14 @@ def from_main(value: object, process: Process) -> object:
     return values[0]
 
 
+def gather(value: Any, process: Process) -> list[Any]:
+    """Every rank's value, on every rank, in their order."""
+    values: list[Any] = [value] * process.world_size
+    if process.world_size > 1:
+        dist.all_gather_object(values, value, group=process.control)
+    return values
+
+
 def on_any_rank(flags: list[bool], process: Process) -> list[bool]:
     """Of each flag, whether it holds on any rank: decisions that all take alike."""
     if process.world_size == 1:
@@ -89,11 +98,7 @@ def mean_over_ranks(value: torch.Tensor, process: Process) -> float:
 
 def max_over_ranks(values: list[float], process: Process) -> list[float]:
     """The largest of each number over all ranks, NaN where a rank has NaN."""
-    if process.world_size == 1:
-        return values
-    gathered: list = [None] * process.world_size
-    dist.all_gather_object(gathered, values, group=process.control)
-    return torch.tensor(gathered, dtype=torch.float64).amax(0).tolist()
+    return torch.tensor(gather(values, process), dtype=torch.float64).amax(0).tolist()
 
 
 def average_gradients(parameters: list[torch.nn.Parameter], num_images: int, process: Process) -> int:
@@ -118,8 +123,7 @@ def gather_rows(rows: torch.Tensor, process: Process) -> torch.Tensor:
     """All ranks' rows [n_r, ...], interleaved as a stride over ranks dealt them out, on the CPU of every rank."""
     if process.world_size == 1:
         return rows
-    gathered: list = [None] * process.world_size
-    dist.all_gather_object(gathered, rows.cpu().numpy(), group=process.control)
+    gathered = gather(rows.cpu().numpy(), process)
     whole = rows.new_empty((sum(map(len, gathered)), *rows.shape[1:]))
     for rank, part in enumerate(gathered):
         whole[rank :: process.world_size] = torch.from_numpy(part)

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 NUM_IMAGES = 67  # 4 steps of 16 images an epoch, three images left over
 GLOBAL_BATCH = 16
-_PRELOADED = ["torch", "ijepa_ds.train", "ijepa_ds.evaluation.command", "torch.utils.tensorboard"]
+_PRELOADED = ["torch", "deepspeed", "ijepa_ds.train", "ijepa_ds.evaluation.command", "torch.utils.tensorboard"]
 
 if "IJEPA_DS_TESTS" in os.environ:  # in one of the processes started here
     FOLDER = Path(os.environ["IJEPA_DS_TESTS"])
@@ -113,7 +113,7 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_batch_size": GLOBAL_BATCH,
         "train_micro_batch_size_per_gpu": 4,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": False},
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 10**6, "allgather_bucket_size": 10**6},
         "ijepa": {
             "run": {"name": "tiny", "folder": str(FOLDER / "runs")},
@@ -429,36 +429,61 @@ def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 @dataclass
 class Parts:
-    """The parts of a training on made-up batches, so that nothing of FFCV has to be compiled."""
+    """A trainable and its configuration, for made-up batches, so that nothing of FFCV has to be compiled."""
 
     config: Any
     process: Any
     exact: dict[str, torch.Tensor]  # the initial weights
-    engine: Any
-    shards: list
-    target: Any
+    trainable: Any
+    outcome: Any = None  # of the last step
 
-    def adam(self, shard: Any) -> dict[str, torch.Tensor]:
-        """AdamW's state of a shard."""
-        from ijepa_ds.engine.zero import adam_state
+    def adam_steps(self) -> set[float]:
+        """What AdamW's counters say, in all groups."""
+        return {float(counter) for counters in self.trainable.state().adam_steps.values() for counter in counters}
 
-        return adam_state(self.engine, shard)
+    def save(self, folder: Path, step: int, keep: int = 3) -> Path:
+        """A checkpoint of the state."""
+        from ijepa_ds.engine.checkpoint import save
+
+        return save(folder, step, self.trainable.state(), self.process, keep=keep)
+
+    def load(self, checkpoint: Path) -> int:
+        """The state of a checkpoint, published."""
+        from ijepa_ds.engine.checkpoint import load
+
+        step = load(checkpoint, self.trainable.state(), self.process)
+        self.trainable.publish()
+        return step
 
 
-def build_parts(raw: dict[str, Any]) -> Parts:
-    """What ``ijepa_ds.train.train`` builds, without the loader."""
-    from ijepa_ds.build import autocast_dtype, build_ijepa, build_target
+def build_parts(raw: dict[str, Any], *, plain: bool = False) -> Parts:
+    """What ``ijepa_ds.train.train`` builds, without the loader; ``plain``: on plain torch instead of ZeRO."""
+    from ijepa_ds.build import build_ijepa, build_target, working_dtype
     from ijepa_ds.config import parse_config
-    from ijepa_ds.engine.target_encoder import TargetEncoder
-    from ijepa_ds.engine.zero import build_engine, init_distributed
+    from ijepa_ds.engine.plain import Plain
+    from ijepa_ds.engine.zero import init_distributed
+    from ijepa_ds.train import build_trainable
 
     config = parse_config(raw)
     process = init_distributed()
-    model = build_ijepa(config)
-    exact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    engine, shards = build_engine(model, config)
-    target = TargetEncoder(build_target(config), shards, autocast=autocast_dtype(config))
-    return Parts(config, process, exact, engine, shards, target)
+    exact = {name: parameter.detach().clone() for name, parameter in build_ijepa(config).named_parameters()}
+    if plain:
+        adam = {"betas": config.ijepa.optimization.betas, "eps": config.ijepa.optimization.eps}
+        trainable = Plain(build_ijepa(config), build_target(config), to_input=lambda images: images, **adam)
+    else:
+        trainable = build_trainable(config, process)
+    # Made-up images are normalised already.
+    trainable.to_input = lambda images: images.to(working_dtype(config))
+    return Parts(config, process, exact, trainable)
+
+
+@dataclass
+class MadeUpBatch:
+    """What a trainable's step takes."""
+
+    images: torch.Tensor
+    context_block: torch.Tensor
+    target_blocks: torch.Tensor
 
 
 def made_up_batch(config: Any, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -474,52 +499,44 @@ def made_up_batch(config: Any, step: int) -> tuple[torch.Tensor, torch.Tensor, t
 def train_steps(
     parts: Parts, steps: range, *, momentum: float = 0.9, lr: float = 1e-3, micro_batch: Callable | None = None
 ) -> list[float]:
-    """The loop of ``train`` on made-up batches; returns the mean loss over all ranks of each step.
+    """Optimizer steps on made-up batches; returns the mean loss over all ranks of each step.
 
-    ``micro_batch(step)`` is called before each backward pass.
+    ``micro_batch(step)`` is called as each micro-batch is handed out.
     """
-    from ijepa_ds.build import working_dtype
     from ijepa_ds.distributed import mean_over_ranks
-    from ijepa_ds.method.optimizer import set_hyperparameters
     from ijepa_ds.method.schedules import Hyperparameters
 
-    config, process, losses = parts.config, parts.process, []
+    trainable, config, losses = parts.trainable, parts.config, []
     size = config.micro_batch
-    for step in steps:
-        set_hyperparameters(parts.engine.optimizer, Hyperparameters(lr, 0.05, momentum))
+
+    def batches(step: int) -> Iterator[MadeUpBatch]:
         images, context, targets = made_up_batch(config, step)
-        images = images.to(working_dtype(config))
-        starts = range(process.rank * size, config.global_batch, process.world_size * size)
-        total = torch.zeros(())
-        for start in starts:
+        for start in range(trainable.data_rank * size, config.global_batch, trainable.data_ranks * size):
             own = slice(start, start + size)
-            block = targets[:, own].contiguous()
-            loss = parts.engine(images[own], context[own], block, parts.target(images[own], block))
             if micro_batch is not None:
                 micro_batch(step)
-            parts.engine.backward(loss)
-            parts.engine.step()
-            total += loss.detach() / len(starts)
-        if parts.engine.was_step_applied():
-            parts.target.update(momentum)
-        losses.append(mean_over_ranks(total, process))
+            yield MadeUpBatch(images[own], context[own], targets[:, own].contiguous())
+
+    for step in steps:
+        parts.outcome = trainable.step(batches(step), Hyperparameters(lr, 0.05, momentum))
+        losses.append(mean_over_ranks(parts.outcome.losses.mean(), parts.process))
     return losses
 
 
-def whole_tensors(shards: list, tensors: list[torch.Tensor], process: Any) -> dict[str, torch.Tensor]:
+def whole_tensors(slices: list, process: Any) -> dict[str, torch.Tensor]:
     """Whole fp32 parameters from the slices of all ranks, by name; every element must be there exactly once."""
     import torch.distributed as dist
 
     pieces = [
         (piece.name, piece.start, piece.of(values.detach().view(-1)).clone())
-        for shard, values in zip(shards, tensors, strict=True)
+        for shard, values in slices
         for piece in shard.pieces()
     ]
     gathered: list = [pieces]
-    if shards[0].process_group is not None:
+    if slices[0][0].process_group is not None:
         gathered = [None] * process.world_size
         dist.all_gather_object(gathered, pieces)
-    shapes = {placement.name: placement.shape for shard in shards for placement in shard.placements}
+    shapes = {placement.name: placement.shape for shard, _ in slices for placement in shard.placements}
     whole = {name: torch.zeros(shape) for name, shape in shapes.items()}
     holders = {name: torch.zeros(shape.numel()) for name, shape in shapes.items()}
     for name, start, values in (piece for of_rank in gathered for piece in of_rank):
@@ -531,9 +548,9 @@ def whole_tensors(shards: list, tensors: list[torch.Tensor], process: Any) -> di
 
 def masters_of(parts: Parts) -> dict[str, torch.Tensor]:
     """The whole fp32 master weights."""
-    return whole_tensors(parts.shards, [shard.master for shard in parts.shards], parts.process)
+    return whole_tensors(parts.trainable.state().slices["master"], parts.process)
 
 
 def averages_of(parts: Parts) -> dict[str, torch.Tensor]:
     """The target encoder's whole fp32 average."""
-    return whole_tensors(parts.target.shards, parts.target.averages, parts.process)
+    return whole_tensors(parts.trainable.state().slices["target"], parts.process)

@@ -43,13 +43,16 @@ def golden_config(name: str) -> dict:
 
 def digest_of_batches() -> str:
     """Of the images and masks that go in: tells a changed loader from a changed model."""
+    from types import SimpleNamespace
+
     from ijepa_ds.build import build_loader, build_sampler
     from ijepa_ds.config import parse_config
     from ijepa_ds.data.pretraining_loader import inspect_dataset
-    from ijepa_ds.distributed import Process
 
     config = parse_config(golden_config("digest"))
-    loader = build_loader(config, inspect_dataset(scenes_beton()), build_sampler(config), Process(0, 1, None))
+    loader = build_loader(
+        config, inspect_dataset(scenes_beton()), build_sampler(config), SimpleNamespace(data_rank=0, data_ranks=1)
+    )
     digest = hashlib.sha256()
     for batches in loader.from_step(0, STEPS):
         for batch in batches:

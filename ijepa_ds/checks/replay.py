@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -18,13 +20,12 @@ from ijepa_ds.build import autocast_dtype, check_batch, working_dtype
 from ijepa_ds.checks.recorded_run import Trace, read_trace
 from ijepa_ds.config import Config, parse_config
 from ijepa_ds.distributed import Process, leave_to_main_process, max_over_ranks, mean_over_ranks
-from ijepa_ds.engine.shards import replicated_shards
-from ijepa_ds.engine.target_encoder import TargetEncoder
-from ijepa_ds.engine.zero import build_engine, gradients, init_distributed
+from ijepa_ds.engine.plain import Plain
+from ijepa_ds.engine.trainable import TARGET
+from ijepa_ds.engine.zero import Zero, init_distributed
 from ijepa_ds.errors import UserError
-from ijepa_ds.method.encoder import VisionTransformer, set_attention
-from ijepa_ds.method.ijepa import ENCODER, IJEPA, normalize_targets
-from ijepa_ds.method.optimizer import build_optimizer, set_hyperparameters
+from ijepa_ds.method.encoder import set_attention
+from ijepa_ds.method.ijepa import CONTEXT_ENCODER, IJEPA, PREDICTOR, normalize_targets
 from ijepa_ds.method.schedules import Schedules, build_schedules
 
 # In fp32; the schedules are arithmetic in double precision.
@@ -38,7 +39,24 @@ RELATIVE_TOLERANCES = {
 }
 FEATURE_TOLERANCE = 1e-4  # absolute, step 0
 WEIGHT_TOLERANCE = 2e-5  # absolute, final
-_PARTS = {f"{ENCODER}.": "encoder", "predictor.": "predictor"}
+_PARTS = {CONTEXT_ENCODER: "encoder", PREDICTOR: "predictor"}  # our name -> the trace's
+_ALL_PARTS = (*_PARTS.values(), "target_encoder")
+
+
+class AdamSettings(TypedDict):
+    """Of the released code's AdamW."""
+
+    betas: tuple[float, float]
+    eps: float
+
+
+@dataclass
+class Inputs:
+    """A recorded batch: images [B, 3, H, W], normalised; context block [B, K]; target blocks [M, B, T]."""
+
+    images: Tensor
+    context_block: Tensor
+    target_blocks: Tensor
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,7 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
 def replay(trace: Trace, process: Process, *, engine: bool, precision: str) -> int:
     """Print the comparison; returns the exit code."""
     say = print if process.is_main else lambda *_, **__: None
-    trainer = (_Engine if engine else _Plain)(trace, process, precision)
+    trainable = build_trainable(trace, process, engine=engine, precision=precision)
+    replayed = Replay(trace, trainable, process)
     judged = precision == "fp32" and trace.settings.get("dtype", "float32") == "float32"
     where = f"DeepSpeed ZeRO-2 on {process.world_size} processes" if engine else "without DeepSpeed"
     say(f"{trace.path}: {trace.num_steps} steps of {trace.settings['batch_size']} images; {where}, {precision}")
@@ -88,8 +107,8 @@ def replay(trace: Trace, process: Process, *, engine: bool, precision: str) -> i
     for step in range(trace.num_steps):
         inputs = _inputs(trace, step, process)
         if step == 0:
-            features = _feature_differences(trace, trainer, inputs, process)
-        ours, recorded = trainer.step(step, *inputs), trace.recorded(step)
+            features = replayed.feature_differences(inputs)
+        ours, recorded = replayed.step(step, inputs), trace.recorded(step)
         for name, tolerance in RELATIVE_TOLERANCES.items():
             difference = _relative(ours[name], recorded[name])
             worst.note(f"step {step}: {name}", difference, tolerance)
@@ -100,7 +119,7 @@ def replay(trace: Trace, process: Process, *, engine: bool, precision: str) -> i
         worst.note(f"step 0: {name}", difference, FEATURE_TOLERANCE)
         say(f"  {name:<66}{difference:>12.1e}")
     say("\nlargest absolute difference of the final weights")
-    for name, difference in trainer.final_differences(trace, process).items():
+    for name, difference in replayed.final_differences().items():
         worst.note(f"final: {name}", difference, WEIGHT_TOLERANCE)
         say(f"  {name:<66}{difference:>12.1e}")
     say(f"\n{worst.verdict()}", flush=True)
@@ -133,125 +152,77 @@ class _Worst:
         return f"within every tolerance. Closest to its own: {what}"
 
 
-class _Plain:
-    """Model, optimizer and target encoder as training has them, without the engine."""
+class Replay:
+    """A trainable that takes the recorded steps, with what a trace records of each."""
 
-    def __init__(self, trace: Trace, process: Process, precision: str):
+    def __init__(self, trace: Trace, trainable: Plain | Zero, process: Process) -> None:
+        self.trace, self.trainable, self.process = trace, trainable, process
         self.schedules = _schedules(trace)
-        self.model, target = _models(trace)
-        self.model.to(process.device)
-        self.optimizer = build_optimizer(self.model, betas=(0.9, 0.999), eps=1e-8)
-        members = [group["params"] for group in self.optimizer.param_groups]
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        self.shards = replicated_shards(members, members, self.optimizer.param_groups, names)
-        self.target_encoder = TargetEncoder(target, self.shards)
-        self.process = process
+        self._squares: dict[str, float] = {}
+        trainable.watch_gradients = self._note_gradients
 
-    @property
-    def module(self) -> IJEPA:
-        """Context encoder and predictor with the weights that compute."""
-        return self.model
-
-    def step(self, step: int, images: Tensor, context_block: Tensor, target_blocks: Tensor) -> dict[str, float]:
+    def step(self, step: int, inputs: Inputs) -> dict[str, float]:
         """One optimizer step; what a trace records of it."""
         now = self.schedules.at(step)
-        set_hyperparameters(self.optimizer, now)
-        targets = self.target_encoder(images.to(self.target_encoder.dtype), target_blocks)
-        loss = self._forward(images, context_block, target_blocks, targets)
-        self._backward(loss)
-        squares = dict.fromkeys(_PARTS.values(), 0.0)
-        for name, gradient in self._gradients().items():
-            squares[_PARTS[name[: name.index(".") + 1]]] += float(gradient.double().square().sum())
-        self._step()
-        self.target_encoder.update(now.momentum)
+        outcome = self.trainable.step(iter([inputs]), now)
         return {
-            "loss": mean_over_ranks(loss, self.process),
+            "loss": mean_over_ranks(outcome.losses.mean(), self.process),
             "lr": now.lr,
             "weight_decay": now.weight_decay,
             "momentum": now.momentum,
-            **{f"grad_norm_{part}": math.sqrt(square) for part, square in squares.items()},
+            **{f"grad_norm_{part}": math.sqrt(square) for part, square in self._squares.items()},
         }
 
-    def final_differences(self, trace: Trace, process: Process) -> dict[str, float]:
+    @torch.no_grad()
+    def feature_differences(self, inputs: Inputs) -> dict[str, float]:
+        """Largest absolute difference of what the networks give before the first step."""
+        trace, module = self.trace, self.trainable.module
+        share = _share(trace.settings["batch_size"], self.process)
+        predictions = trace.tensor("step0/predictions")  # [M * B, T, D], block-major
+        predictions = predictions.unflatten(0, (trace.settings["targets"], -1))[:, share].flatten(0, 1)
+        images = self.trainable.to_input(inputs.images)
+        pairs = {
+            "target_features": (
+                normalize_targets(self.trainable.features(inputs.images)),
+                trace.tensor("step0/target_features")[share],
+            ),
+            "context_features": (
+                module.context_encoder(images, inputs.context_block),
+                trace.tensor("step0/context_features")[share],
+            ),
+            "predictions": (module.predict(images, inputs.context_block, inputs.target_blocks), predictions),
+        }
+        differences = [largest(ours, recorded) for ours, recorded in pairs.values()]
+        return dict(zip(pairs, max_over_ranks(differences, self.process), strict=True))
+
+    def final_differences(self) -> dict[str, float]:
         """Largest absolute difference of every tensor from its recorded end, of the fp32 masters and averages."""
-        recorded = {f"{part}/{n}": w for part in _ALL_PARTS for n, w in trace.weights("final", part).items()}
-        found = dict.fromkeys(recorded, 0.0)
-        target = self.target_encoder
-        sources = [(shard, shard.master, _PARTS) for shard in self.shards]
-        sources += [
-            (shard, average, {f"{ENCODER}.": "target_encoder"})
-            for shard, average in zip(target.shards, target.averages, strict=True)
-        ]
-        for shard, values, parts in sources:
-            for piece in shard.pieces():
-                prefix = piece.name[: piece.name.index(".") + 1]
-                name = f"{parts[prefix]}/{piece.name.removeprefix(prefix)}"
-                there = recorded[name].reshape(-1)[piece.start : piece.stop]
-                found[name] = max_or_nan(found[name], largest(piece.of(values.detach().view(-1)), there))
-        for part, module in self._modules().items():  # the fixed positions, which no optimizer holds
-            for name, parameter in module.named_parameters():
+        recorded = {f"{part}/{n}": w for part in _ALL_PARTS for n, w in self.trace.weights("final", part).items()}
+        differences = dict.fromkeys(recorded, 0.0)
+        slices = self.trainable.state().slices
+        for kind, parts in (("master", _PARTS), (TARGET, {CONTEXT_ENCODER: "target_encoder"})):
+            for shard, values in slices[kind]:
+                for piece in shard.pieces():
+                    prefix, _, name = piece.name.partition(".")
+                    key = f"{parts[prefix]}/{name}"
+                    end = recorded[key].reshape(-1)[piece.start : piece.stop]
+                    differences[key] = max_or_nan(differences[key], largest(piece.of(values), end))
+        module = self.trainable.module
+        networks = (module.context_encoder, module.predictor, self.trainable.target_encoder.encoder)
+        for part, network in zip(_ALL_PARTS, networks, strict=True):  # the fixed positions, which no optimizer holds
+            for name, parameter in network.named_parameters():
                 if name.endswith("pos_embed"):
-                    found[f"{part}/{name}"] = largest(parameter, recorded[f"{part}/{name}"])
-        return dict(zip(found, max_over_ranks(list(found.values()), process), strict=True))
+                    differences[f"{part}/{name}"] = largest(parameter, recorded[f"{part}/{name}"])
+        return dict(zip(differences, max_over_ranks(list(differences.values()), self.process), strict=True))
 
-    def _modules(self) -> dict[str, torch.nn.Module]:
-        module = self.module
-        return {
-            "encoder": module.context_encoder,
-            "predictor": module.predictor,
-            "target_encoder": self.target_encoder.encoder,
-        }
-
-    def _forward(self, images, context_block, target_blocks, targets) -> Tensor:
-        return self.model(images, context_block, target_blocks, targets)
-
-    def _backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def _gradients(self) -> dict[str, Tensor]:
-        return {name: parameter.grad for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-
-    def _step(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def _note_gradients(self, gradients: dict[str, Tensor]) -> None:
+        self._squares = dict.fromkeys(_PARTS.values(), 0.0)
+        for name, gradient in gradients.items():
+            self._squares[_PARTS[name.partition(".")[0]]] += float(gradient.double().square().sum())
 
 
-class _Engine(_Plain):
-    """The same through DeepSpeed ZeRO-2."""
-
-    def __init__(self, trace: Trace, process: Process, precision: str):
-        config = _config(trace, process, precision)
-        check_batch(config, process)
-        self.schedules = _schedules(trace)
-        model, target = _models(trace)
-        self.engine, self.shards = build_engine(model.to(process.device), config)
-        self.optimizer = self.engine.optimizer
-        self.target_encoder = TargetEncoder(target, self.shards, autocast=autocast_dtype(config))
-        self.dtype, self.process = working_dtype(config), process
-
-    @property
-    def module(self) -> IJEPA:
-        """Context encoder and predictor with the weights that compute."""
-        return self.engine.module
-
-    def _forward(self, images, context_block, target_blocks, targets) -> Tensor:
-        return self.engine(images.to(self.dtype), context_block, target_blocks, targets)
-
-    def _backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss)
-
-    def _gradients(self) -> dict[str, Tensor]:
-        return gradients(self.engine)
-
-    def _step(self) -> None:
-        self.engine.step()
-
-
-_ALL_PARTS = (*_PARTS.values(), "target_encoder")
-
-
-def _models(trace: Trace) -> tuple[IJEPA, VisionTransformer]:
-    """The model with the recorded initial weights, and the target encoder's architecture."""
+def build_trainable(trace: Trace, process: Process, *, engine: bool, precision: str) -> Plain | Zero:
+    """What takes the recorded steps, from the recorded initial weights."""
     encoder, predictor = trace.build()
     encoder.load_state_dict(trace.weights("init", "encoder"))
     predictor.load_state_dict(trace.weights("init", "predictor"))
@@ -259,7 +230,21 @@ def _models(trace: Trace) -> tuple[IJEPA, VisionTransformer]:
     set_attention(model, fused=torch.cuda.is_available())  # as training has it
     with torch.device("meta"):
         target, _ = trace.build()
-    return model, target
+    adam: AdamSettings = {"betas": (0.9, 0.999), "eps": 1e-8}
+    if not engine:
+        return Plain(model, target, to_input=lambda images: images, device=process.device, **adam)
+    config = _config(trace, process, precision)
+    check_batch(config, process)
+    dtype = working_dtype(config)
+    return Zero(
+        model,
+        target,
+        process,
+        settings=config.deepspeed,
+        to_input=lambda images: images.to(dtype),
+        autocast=autocast_dtype(config),
+        **adam,
+    )
 
 
 def _schedules(trace: Trace) -> Schedules:
@@ -300,40 +285,19 @@ def _config(trace: Trace, process: Process, precision: str) -> Config:
     return parse_config(raw, source=str(trace.path))
 
 
-def _inputs(trace: Trace, step: int, process: Process) -> tuple[Tensor, Tensor, Tensor]:
-    """This process's share of a recorded batch: images [B, 3, H, W], context block [B, K], target blocks [M, B, T]."""
+def _inputs(trace: Trace, step: int, process: Process) -> Inputs:
+    """This process's share of a recorded batch."""
     images = trace.tensor(f"step{step}/images")
     context_block = trace.tensor(f"step{step}/context_masks")[0]
     target_blocks = trace.tensor(f"step{step}/target_masks")
-    own = _share(len(images), process)
-    return tuple(part.to(process.device) for part in (images[own], context_block[own], target_blocks[:, own]))
+    share = _share(len(images), process)
+    parts = (images[share], context_block[share], target_blocks[:, share])
+    return Inputs(*(part.to(process.device) for part in parts))
 
 
 def _share(batch: int, process: Process) -> slice:
     size = batch // process.world_size
     return slice(process.rank * size, (process.rank + 1) * size)
-
-
-@torch.no_grad()
-def _feature_differences(trace: Trace, trainer: _Plain, inputs: tuple, process: Process) -> dict[str, float]:
-    """Largest absolute difference of what the networks give before the first step."""
-    images, context_block, target_blocks = inputs
-    target = trainer.target_encoder
-    images = images.to(target.dtype)
-    own = _share(trace.settings["batch_size"], process)
-    recorded = trace.tensor("step0/predictions")  # [M * B, T, D], block-major
-    recorded = recorded.unflatten(0, (trace.settings["targets"], -1))[:, own].flatten(0, 1)
-    module = trainer.module
-    pairs = {
-        "target_features": (normalize_targets(target.features(images)), trace.tensor("step0/target_features")[own]),
-        "context_features": (
-            module.context_encoder(images, context_block),
-            trace.tensor("step0/context_features")[own],
-        ),
-        "predictions": (module.predict(images, context_block, target_blocks), recorded),
-    }
-    differences = [largest(ours, there) for ours, there in pairs.values()]
-    return dict(zip(pairs, max_over_ranks(differences, process), strict=True))
 
 
 def largest(ours: Tensor, recorded: Tensor) -> float:

@@ -4,68 +4,114 @@ Each rank writes its slices of the fp32 master weights, of Adam's moments and of
 parameter name and interval. All write into ``tmp.step_N``; when every file is on disk, rank 0 renames the folder. So a
 kill at any moment leaves the previous checkpoint whole, and what has no ``tmp`` in its name is complete. The working
 weights are not stored: they are the masters, cast.
+
+Saving has three parts. :func:`snapshot` copies the state to the host: all that training must wait for. :func:`write`
+needs neither the device nor another process. :func:`commit` is what the processes do together.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ijepa_ds.distributed import Process, barrier, on_any_rank
-from ijepa_ds.engine.checkpoint_files import FORMAT, TARGET, _open, _state, list_checkpoints
-from ijepa_ds.engine.shards import MasterShard, publish_masters
-from ijepa_ds.engine.target_encoder import TargetEncoder
+from ijepa_ds.distributed import Process, barrier, gather, on_any_rank
+from ijepa_ds.engine.checkpoint_files import FORMAT, list_checkpoints, open_files, read_state
+from ijepa_ds.engine.shards import Shard
+from ijepa_ds.engine.trainable import State
 from ijepa_ds.errors import UserError
 from ijepa_ds.files import sync, write_synced
 
-_ADAM = ("exp_avg", "exp_avg_sq")
+Shapes = dict[str, list[int]]
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    shards: list[MasterShard],
-    target_encoder: TargetEncoder,
-    adam_state: Callable[[MasterShard], dict[str, Tensor]],
-    process: Process,
-    *,
-    keep: int,
-) -> Path:
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of this process's state on the host; ``tensors``: kind -> parameter -> (first element, values)."""
+
+    tensors: dict[str, dict[str, Any]]
+    shapes: Shapes
+    owned: bool
+
+
+def save(folder: Path, step: int, state: State, process: Process, *, keep: int) -> Path:
     """Write the state after ``step`` steps; returns its folder. ``keep``: how many checkpoints stay, this one included.
 
-    A rank that cannot write (a full disk) makes all ranks raise :class:`UserError`; earlier checkpoints stay.
+    All processes call this together.
+
+    Raises:
+        UserError: some rank cannot write (a full disk), on every rank; earlier checkpoints stay.
     """
-    final, temporary = folder / f"step_{step:09d}", folder / f"tmp.step_{step:09d}"
-    error = None
-    if process.is_main:
-        try:
+    problem: OSError | None = None
+    copied = snapshot(state)
+    try:
+        begin(folder, step, process)
+        write(copied, _unfinished(folder, step), process.rank)
+    except OSError as error:
+        problem = error
+    return commit(folder, step, copied.shapes, process, keep=keep, problem=problem)
+
+
+def snapshot(state: State) -> Snapshot:
+    """Copy what this process owns of the state to the host."""
+    tensors: dict[str, dict[str, Any]] = {kind: {} for kind in state.slices}
+    if state.owned:
+        for kind, slices in state.slices.items():
+            for shard, values in slices:
+                host = values.detach().cpu()
+                # Cloned: a view would drag the whole slice into the file with it.
+                tensors[kind] |= {piece.name: (piece.start, piece.of(host).clone()) for piece in shard.pieces()}
+    tensors["adam_steps"] = {group: float(counters[0]) for group, counters in state.adam_steps.items()}
+    return Snapshot(tensors, state.shapes, state.owned)
+
+
+def begin(folder: Path, step: int, process: Process) -> None:
+    """Make the folder that all ranks write to; an error is raised on rank 0, and on the others when they write."""
+    temporary = _unfinished(folder, step)
+    try:
+        if process.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        except OSError as caught:  # the writing below fails with it, on every rank
-            error = caught
-    barrier(process)
-    try:
-        if process.is_main or shards[0].process_group is not None:  # what is not sharded is written once
-            tensors = _own_tensors(shards, target_encoder, adam_state)
-            write_synced(temporary / f"rank_{process.rank:05d}.pt", lambda file: torch.save(tensors, file))
-        if process.is_main:
-            shapes = {p.name: list(p.shape) for shard in shards for p in shard.placements}
-            state = {"format": FORMAT, "step": step, "processes": process.world_size, "shapes": shapes}
+    finally:
+        barrier(process)
+
+
+def write(copied: Snapshot, folder: Path, rank: int) -> None:
+    """Write this rank's file and bring it to the disk; nothing, where another process owns the same."""
+    if copied.owned:
+        write_synced(folder / f"rank_{rank:05d}.pt", lambda file: torch.save(copied.tensors, file))
+
+
+def commit(
+    folder: Path, step: int, shapes: Shapes, process: Process, *, keep: int, problem: OSError | None = None
+) -> Path:
+    """Give the checkpoint its name once every rank has written, and remove those beyond ``keep``.
+
+    ``shapes``: of the parameters that this process knows of; ``problem``: why it could not write.
+
+    Raises:
+        UserError: on every rank, if there was a problem on any.
+    """
+    final, temporary = folder / f"step_{step:09d}", _unfinished(folder, step)
+    whole = _union(shapes, process)
+    if process.is_main and problem is None:
+        try:
+            state = {"format": FORMAT, "step": step, "processes": process.world_size, "shapes": whole}
             write_synced(temporary / "state.json", lambda file: file.write(json.dumps(state).encode()))
             sync(temporary)
-    except OSError as caught:
-        error = error or caught
-    if on_any_rank([error is not None], process)[0]:
+        except OSError as error:
+            problem = error
+    if on_any_rank([problem is not None], process)[0]:
         if process.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"the checkpoint of step {step} could not be written to {folder} ({error or 'on another rank'}); free some "
-            "space and start the same command again: it goes on from the previous checkpoint"
+            f"the checkpoint of step {step} could not be written to {folder} ({problem or 'on another rank'}); free "
+            "some space and start the same command again: it goes on from the previous checkpoint"
         )
     if process.is_main:
         shutil.rmtree(final, ignore_errors=True)
@@ -77,62 +123,47 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(
-    checkpoint: Path,
-    shards: list[MasterShard],
-    target_encoder: TargetEncoder,
-    adam_state: Callable[[MasterShard], dict[str, Tensor]],
-) -> int:
-    """Restore masters, moments and the target encoder; returns the step to go on with. Any number of processes may read
-    what any other number wrote."""
-    state = _state(checkpoint)
-    shapes = {p.name: list(p.shape) for shard in shards for p in shard.placements}
-    if shapes != state["shapes"]:
-        names = sorted(n for n in shapes.keys() | state["shapes"].keys() if shapes.get(n) != state["shapes"].get(n))
+def load(checkpoint: Path, state: State, process: Process) -> int:
+    """Fill the state's tensors; returns the step to go on with. Any number of processes may read any other's.
+
+    The caller publishes what was filled. All processes call this together.
+
+    Raises:
+        UserError: the checkpoint is damaged, incomplete or of another model.
+    """
+    saved = read_state(checkpoint)
+    shapes = _union(state.shapes, process)
+    if shapes != saved["shapes"]:
+        names = sorted(n for n in shapes.keys() | saved["shapes"].keys() if shapes.get(n) != saved["shapes"].get(n))
         raise UserError(f"{checkpoint} is of another model: {len(names)} tensors differ, such as {names[0]}")
-    files = _open(checkpoint)
-    for shard in shards:
-        adam = adam_state(shard)
-        adam["step"].fill_(files[0]["adam_steps"][shard.group])
-        _fill(shard, shard.master, files, "master", checkpoint)
-        for name in _ADAM:
-            _fill(shard, adam[name], files, name, checkpoint)
-    for shard, average in zip(target_encoder.shards, target_encoder.averages, strict=True):
-        _fill(shard, average, files, TARGET, checkpoint)
-    publish_masters(shards)
-    target_encoder.publish()
-    return state["step"]
+    files = open_files(checkpoint)
+    for kind, slices in state.slices.items():
+        for shard, values in slices:
+            _fill(shard, values, [file[kind] for file in files], checkpoint)
+    for group, counters in state.adam_steps.items():
+        steps = next(file["adam_steps"][group] for file in files if group in file["adam_steps"])
+        for counter in counters:
+            counter.fill_(steps)
+    return saved["step"]
 
 
-def _own_tensors(shards, target_encoder, adam_state) -> dict:
-    """What this rank writes: kind -> parameter -> (first element, values on the CPU)."""
-    tensors: dict = {"master": {}, "exp_avg": {}, "exp_avg_sq": {}, TARGET: {}, "adam_steps": {}}
-
-    def add(kind: str, shard: MasterShard, values: Tensor) -> None:
-        values = values.detach().view(-1).cpu()
-        for piece in shard.pieces():
-            tensors[kind][piece.name] = (piece.start, piece.of(values).clone())
-
-    for shard in shards:
-        adam = adam_state(shard)
-        tensors["adam_steps"][shard.group] = float(adam["step"])
-        add("master", shard, shard.master)
-        for name in _ADAM:
-            add(name, shard, adam[name])
-    for shard, average in zip(target_encoder.shards, target_encoder.averages, strict=True):
-        add(TARGET, shard, average)
-    return tensors
+def _unfinished(folder: Path, step: int) -> Path:
+    return folder / f"tmp.step_{step:09d}"
 
 
-def _fill(shard: MasterShard, values: Tensor, files: list[dict], kind: str, checkpoint: Path) -> None:
-    flat = values.detach().view(-1)
+def _union(shapes: Shapes, process: Process) -> Shapes:
+    """What all processes know together: each may hold a part of the parameters."""
+    return {name: shape for known in gather(shapes, process) for name, shape in known.items()}
+
+
+def _fill(shard: Shard, values: Tensor, files: list[dict[str, Any]], checkpoint: Path) -> None:
     for piece in shard.pieces():
         missing = piece.stop - piece.start
         for file in files:
-            start, saved = file[kind].get(piece.name, (0, flat[:0]))
+            start, saved = file.get(piece.name, (0, values[:0]))
             low, high = max(start, piece.start), min(start + len(saved), piece.stop)
             if low < high:
-                piece.of(flat)[low - piece.start : high - piece.start].copy_(saved[low - start : high - start])
+                piece.of(values)[low - piece.start : high - piece.start].copy_(saved[low - start : high - start])
                 missing -= high - low
         if missing:
             raise UserError(

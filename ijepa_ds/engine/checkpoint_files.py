@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,6 @@ from torch import Tensor
 from ijepa_ds.errors import UserError
 
 FORMAT = 1
-
-
-TARGET = "target"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -31,12 +29,12 @@ def remove_incomplete(folder: Path) -> None:
 
 def checkpoint_step(checkpoint: Path) -> int:
     """The number of steps that a checkpoint stands for."""
-    return _state(checkpoint)["step"]
+    return read_state(checkpoint)["step"]
 
 
 def checkpoint_processes(checkpoint: Path) -> int:
     """The number of processes that wrote a checkpoint."""
-    return _state(checkpoint).get("processes", 1)
+    return read_state(checkpoint).get("processes", 1)
 
 
 def read_weights(checkpoint: Path, kind: str, prefix: str = "") -> dict[str, Tensor]:
@@ -44,10 +42,10 @@ def read_weights(checkpoint: Path, kind: str, prefix: str = "") -> dict[str, Ten
 
     ``kind``: "master" for what is trained, "target" for the target encoder. ``prefix`` selects and is cut off.
     """
-    shapes = _state(checkpoint)["shapes"]
+    shapes = read_state(checkpoint)["shapes"]
     weights: dict[str, Tensor] = {}
     filled: dict[str, int] = {}
-    for file in _open(checkpoint):
+    for file in open_files(checkpoint):
         for name, (start, values) in file[kind].items():
             whole = weights.setdefault(name, torch.empty(shapes[name]))
             whole.view(-1)[start : start + len(values)] = values
@@ -60,7 +58,8 @@ def read_weights(checkpoint: Path, kind: str, prefix: str = "") -> dict[str, Ten
     return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
 
 
-def _state(checkpoint: Path) -> dict:
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What state.json says: format, step, number of processes, whole shapes by parameter name."""
     try:
         state = json.loads((checkpoint / "state.json").read_text())
         if not isinstance(state, dict) or not {"format", "step", "shapes"} <= state.keys():
@@ -72,8 +71,9 @@ def _state(checkpoint: Path) -> dict:
     return state
 
 
-def _open(checkpoint: Path) -> list[dict]:
-    files = []
+def open_files(checkpoint: Path) -> list[dict[str, Any]]:
+    """The ranks' files, mapped: kind -> parameter -> (first element, values), and "adam_steps" by group."""
+    files: list[dict[str, Any]] = []
     for path in sorted(checkpoint.glob("rank_*.pt")):
         try:
             files.append(torch.load(path, map_location="cpu", mmap=True, weights_only=True))

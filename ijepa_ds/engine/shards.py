@@ -1,4 +1,4 @@
-"""The fp32 master weights as ZeRO shards them: which elements of which parameter this process holds.
+"""The fp32 weights as ZeRO shards them: which elements of which parameter this process holds.
 
 ZeRO lays the parameters of a group end to end in one flat tensor and gives each rank an equal slice of it, so a slice
 begins and ends in the middle of parameters. Everything that is kept beside the masters (Adam's moments, the target
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Placement:
-    """A parameter's place in the flat tensor of its group."""
+    """A parameter's place in the flat tensor of its group; ``name`` is the same in every engine and layout."""
 
     name: str
     start: int
@@ -26,6 +26,7 @@ class Placement:
 
     @property
     def stop(self) -> int:
+        """Where the next parameter may begin."""
         return self.start + self.shape.numel()
 
 
@@ -38,46 +39,58 @@ class Piece:
     stop: int
     offset: int
 
-    def of(self, shard: Tensor) -> Tensor:
-        """The piece of a tensor that is laid out as the shard: a view [stop - start]."""
-        return shard[self.offset : self.offset + self.stop - self.start]
+    def of(self, values: Tensor) -> Tensor:
+        """The piece of a flat tensor that is laid out as the shard: a view [stop - start]."""
+        return values[self.offset : self.offset + self.stop - self.start]
 
 
 @dataclass(frozen=True)
-class MasterShard:
-    """This process's slice of a parameter group.
+class Shard:
+    """This process's slice of a parameter group: elements [first, first + length) of the flat group.
 
-    ``master``: fp32 [P], a stable tensor, elements [first, first + P) of the flat group. ``weights``: the whole flat
-    group in the working dtype, whose views are the model's parameters. ``process_group``: who holds the other slices;
-    None where nothing is sharded. ``adam_key``: the tensor under which AdamW keeps its state.
+    ``process_group``: who holds the other slices; None where nothing is sharded.
     """
 
     group: str
     placements: tuple[Placement, ...]
     first: int
-    master: Tensor
-    weights: Tensor
+    length: int
     process_group: dist.ProcessGroup | None
-    adam_key: Tensor
 
     def pieces(self) -> Iterator[Piece]:
         """What this shard holds of each parameter."""
-        last = self.first + self.master.numel()
+        last = self.first + self.length
         for placement in self.placements:
             start, stop = max(placement.start, self.first), min(placement.stop, last)
             if start < stop:
                 yield Piece(placement.name, start - placement.start, stop - placement.start, start - self.first)
 
     def publish(self, values: Tensor, weights: Tensor) -> dist.Work | None:
-        """Cast ``values`` [P] into this rank's slice of the flat ``weights`` and gather the others' slices.
+        """Cast ``values`` [length] into this rank's slice of the flat ``weights`` and gather the others' slices.
 
         Returns what to wait for before ``weights`` may be read, or None.
         """
-        own = weights[self.first : self.first + values.numel()]
+        own = weights[self.first : self.first + self.length]
         own.copy_(values)
         if self.process_group is None:
             return None
         return dist.all_gather_into_tensor(weights, own, group=self.process_group, async_op=True)
+
+
+@dataclass(frozen=True)
+class MasterShard(Shard):
+    """A slice of the trained weights.
+
+    ``master``: fp32 [length], a stable tensor. ``weights``: the whole flat group in the working dtype, whose views are
+    the model's parameters. ``adam_key``: the tensor under which AdamW keeps its state.
+    """
+
+    master: Tensor
+    weights: Tensor
+    adam_key: Tensor
+
+
+Slices = list[tuple[Shard, Tensor]]  # fp32 [length] of each shard
 
 
 def replicated_shards(
@@ -90,28 +103,29 @@ def replicated_shards(
     """
     return [
         MasterShard(
-            group["name"],
-            (Placement(names[id(parameter)], 0, parameter.shape),),
-            0,
-            master.data.view(-1),
-            parameter.data.view(-1),
-            None,
-            master,
+            group=group["name"],
+            placements=(Placement(names[id(parameter)], 0, parameter.shape),),
+            first=0,
+            length=parameter.numel(),
+            process_group=None,
+            master=master.data.view(-1),
+            weights=parameter.data.view(-1),
+            adam_key=master,
         )
         for members, copies, group in zip(groups, masters, param_groups, strict=True)
         for parameter, master in zip(members, copies, strict=True)
     ]
 
 
-def set_masters(shards: list[MasterShard], parameters: dict[str, Tensor]) -> None:
-    """Give the masters exact fp32 values by parameter name; ZeRO makes them from weights already rounded to bf16."""
-    for shard in shards:
+def fill(slices: Slices, parameters: dict[str, Tensor]) -> None:
+    """Give slices the exact fp32 values of whole parameters, by name."""
+    for shard, values in slices:
         for piece in shard.pieces():
-            piece.of(shard.master).copy_(parameters[piece.name].reshape(-1)[piece.start : piece.stop])
+            piece.of(values).copy_(parameters[piece.name].reshape(-1)[piece.start : piece.stop])
 
 
 def publish_masters(shards: list[MasterShard]) -> None:
-    """Bring the working weights of every rank up to the masters, after these were read from a checkpoint."""
+    """Bring the working weights of every rank up to the masters, after these were filled."""
     for work in [shard.publish(shard.master, shard.weights) for shard in shards]:
         if work is not None:
             work.wait()

@@ -1,7 +1,8 @@
-"""The DeepSpeed engine around context encoder and predictor. All of deepspeed is imported here.
+"""DeepSpeed's engine around context encoder and predictor, ZeRO 0 to 2. All of deepspeed is imported here.
 
 Attribute names of ZeRO's optimizers are internal and change between releases: the version is pinned, and
-:func:`master_shards` is the one place that knows them.
+:func:`master_shards` is the one place that knows them. DeepSpeed is imported when it is first needed: that takes
+seconds, and looks for its accelerator in the environment.
 """
 
 from __future__ import annotations
@@ -9,88 +10,158 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
-
-os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # nothing of DeepSpeed is compiled here
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every rank warns that it found none
-
-import deepspeed
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
 
-from ijepa_ds.config import Config
 from ijepa_ds.distributed import Process, set_single_process_defaults, share_cpu_threads
-from ijepa_ds.engine.shards import MasterShard, Placement, replicated_shards, set_masters
+from ijepa_ds.engine.shards import MasterShard, Placement, fill, replicated_shards
+from ijepa_ds.engine.trainable import Batch, Outcome, ShardedTrainable
 from ijepa_ds.errors import UserError
+from ijepa_ds.method.encoder import VisionTransformer
 from ijepa_ds.method.ijepa import IJEPA
-from ijepa_ds.method.optimizer import build_optimizer
+from ijepa_ds.method.optimizer import build_optimizer, set_hyperparameters
+from ijepa_ds.method.schedules import Hyperparameters
+
+if TYPE_CHECKING:
+    import deepspeed
 
 
 def init_distributed() -> Process:
     """Join the run's processes, or be the only one."""
     set_single_process_defaults()
-    _quieten()
-    # The shared memory communicator for CPU ranks is compiled for up to a minute at every first use, and gains nothing.
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # nothing of DeepSpeed is compiled here
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every rank warns that it found none
+    # DeepSpeed reports every step of its set-up; only its warnings are of use to a reader of the console.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*no current CUDA context.*")
+    import deepspeed
     import deepspeed.ops
 
+    # The shared memory communicator for CPU ranks is compiled for up to a minute at every first use, and gains nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     share_cpu_threads()
-    accelerator = get_accelerator()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if accelerator.device_name() != "cpu":
+    accelerator = deepspeed.get_accelerator()
+    on_cpu, local_rank = accelerator.device_name() == "cpu", int(os.environ.get("LOCAL_RANK", 0))
+    if not on_cpu:
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    on_cpu = accelerator.device_name() == "cpu"
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), local_rank)
     control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
     return Process(dist.get_rank(), dist.get_world_size(), device, control)
 
 
-def build_engine(model: IJEPA, config: Config) -> tuple[deepspeed.DeepSpeedEngine, list[MasterShard]]:
-    """The only ``deepspeed.initialize``. The masters get the model's exact fp32 weights, not their bf16 roundings."""
-    optimization = config.ijepa.optimization
-    exact = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(model, betas=optimization.betas, eps=optimization.eps)
-    settings = {key: value for key, value in config.deepspeed.items() if value != {}}
-    try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    except (ValueError, NotImplementedError, AssertionError) as error:
-        raise UserError(f"DeepSpeed refuses this configuration: {' '.join(str(error).split())}") from error
-    shards = master_shards(engine)
-    set_masters(shards, exact)
-    if engine.optimizer is optimizer:
-        _skip_steps_without_finite_gradients(optimizer)
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    for shard in shards:  # ZeRO 0 with bf16 has taken a step with zero gradients: AdamW would count one too many
-        for value in inner.state.get(shard.adam_key, {}).values():
-            value.zero_()
-    return engine, shards
+class Zero(ShardedTrainable):
+    """A :class:`~ijepa_ds.engine.trainable.Trainable` on DeepSpeed's engine, every process with a share of each batch.
+
+    The masters start from the model's exact fp32 weights, not from their bf16 roundings.
+
+    Args:
+        model: context encoder and predictor; its weights become the engine's.
+        target: the target encoder's architecture, on the meta device.
+        process: of :func:`init_distributed`.
+        settings: DeepSpeed's configuration.
+        betas: of AdamW, as ``eps``.
+        to_input: images of a batch -> the encoders' input [B, 3, H, W] in the working dtype.
+        autocast: the dtype of torch_autocast, if it is on.
+
+    Raises:
+        UserError: DeepSpeed refuses the settings.
+    """
+
+    def __init__(
+        self,
+        model: IJEPA,
+        target: VisionTransformer,
+        process: Process,
+        *,
+        settings: dict[str, Any],
+        betas: tuple[float, float],
+        eps: float,
+        to_input: Callable[[Tensor], Tensor],
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        import deepspeed
+
+        model = model.to(process.device)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        exact = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+        adam = build_optimizer(model, betas=betas, eps=eps)
+        given = {key: value for key, value in settings.items() if value != {}}
+        try:
+            self.engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=given)
+        except (ValueError, NotImplementedError, AssertionError) as error:
+            raise UserError(f"DeepSpeed refuses this configuration: {' '.join(str(error).split())}") from error
+        shards = master_shards(self.engine, names)
+        fill([(shard, shard.master) for shard in shards], exact)
+        if self.engine.optimizer is adam:
+            _skip_steps_without_finite_gradients(adam)
+        inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        for shard in shards:  # ZeRO 0 with bf16 has taken a step with zero gradients: AdamW would count one too many
+            for value in inner.state.get(shard.adam_key, {}).values():
+                value.zero_()
+        super().__init__(self.engine.module, target, shards, inner, process, to_input=to_input, autocast=autocast)
+
+    def step(self, batches: Iterator[Batch], now: Hyperparameters) -> Outcome:
+        """See :class:`~ijepa_ds.engine.trainable.Trainable`."""
+        set_hyperparameters(self.engine.optimizer, now)
+        losses = []
+        for batch in batches:
+            images = self.to_input(batch.images)
+            targets = self.target_encoder(images, batch.target_blocks)
+            loss = self.engine(images, batch.context_block, batch.target_blocks, targets)
+            self.engine.backward(loss)
+            if self.watch_gradients is not None and self.engine.is_gradient_accumulation_boundary():
+                self.watch_gradients(self._gradients())
+            self.engine.step()  # after the last micro-batch alone does this move anything
+            losses.append(loss.detach().float())
+        applied = self.engine.was_step_applied()  # DeepSpeed skips a step with a gradient that is not finite
+        if applied:
+            self.average.update(now.momentum)
+        norm = self.engine.get_global_grad_norm()  # -1 stands for one that is not finite
+        return Outcome(torch.stack(losses), torch.tensor(applied), None if norm is None else torch.as_tensor(norm))
+
+    def describe(self) -> str:
+        """See :class:`~ijepa_ds.engine.trainable.Trainable`."""
+        return f"ZeRO {self.engine.zero_optimization_stage()}, {self.target_encoder.dtype}"
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Whole gradients by parameter name, averaged over the ranks."""
+        from deepspeed.utils import safe_get_full_grad
+
+        trained = ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+        return {name: safe_get_full_grad(parameter) for name, parameter in trained}
 
 
-def _skip_steps_without_finite_gradients(optimizer: torch.optim.Optimizer) -> None:
+def _skip_steps_without_finite_gradients(adam: torch.optim.Optimizer) -> None:
     """Do for torch's optimizer, which ZeRO 0 without bf16 runs as it is, what DeepSpeed's own do."""
-    optimizer.overflow = False  # where DeepSpeed's engine looks whether a step was skipped
+    adam.overflow = False  # type: ignore[attr-defined]  # where DeepSpeed's engine looks whether a step was skipped
 
     def check(*_: object) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for group in adam.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        optimizer.overflow = not bool(norm.isfinite())  # the same on all ranks, which share the gradients
-        if optimizer.overflow:
+        skipped = not bool(norm.isfinite())  # the same on all ranks, which share the gradients
+        adam.overflow = skipped  # type: ignore[attr-defined]
+        if skipped:
             for parameter in parameters:
                 parameter.grad = None  # torch's optimizers pass over these
 
-    optimizer.register_step_pre_hook(check)
+    adam.register_step_pre_hook(check)
 
 
-def master_shards(engine: deepspeed.DeepSpeedEngine) -> list[MasterShard]:
-    """This rank's fp32 master weights, whichever optimizer DeepSpeed has chosen for ZeRO stage and precision."""
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+def master_shards(engine: deepspeed.DeepSpeedEngine, names: dict[int, str]) -> list[MasterShard]:
+    """This rank's fp32 master weights, whichever optimizer DeepSpeed has chosen for ZeRO stage and precision.
+
+    ``names``: of the parameters, by id.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):  # ZeRO 2, and ZeRO 1 without fp32 accumulation of bf16
         flats, members = optimizer.bit16_groups_flat, optimizer.round_robin_bit16_groups
@@ -107,44 +178,22 @@ def master_shards(engine: deepspeed.DeepSpeedEngine) -> list[MasterShard]:
     for index, group in enumerate(optimizer.optimizer.param_groups):
         process_group = optimizer.real_dp_process_group[index]
         master, flat = masters[index], flats[index]
-        first = dist.get_rank(process_group) * master.numel()
         placements = []
         for parameter in members[index]:
             # Each parameter is a view of the flat tensor: its own offset, alignment included.
             assert parameter.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
             start = parameter.storage_offset() - flat.storage_offset()
             placements.append(Placement(names[id(parameter)], start, parameter.shape))
-        sharded = process_group if dist.get_world_size(process_group) > 1 else None
-        adam_key = group["params"][0]
-        shards.append(MasterShard(group["name"], tuple(placements), first, master.data, flat.data, sharded, adam_key))
+        shards.append(
+            MasterShard(
+                group=group["name"],
+                placements=tuple(placements),
+                first=dist.get_rank(process_group) * master.numel(),
+                length=master.numel(),
+                process_group=process_group if dist.get_world_size(process_group) > 1 else None,
+                master=master.data,
+                weights=flat.data,
+                adam_key=group["params"][0],
+            )
+        )
     return shards
-
-
-def adam_state(engine: deepspeed.DeepSpeedEngine, shard: MasterShard) -> dict[str, torch.Tensor]:
-    """AdamW's state of a shard: ``step`` (scalar), ``exp_avg`` and ``exp_avg_sq`` [P]; made before the first step."""
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    state = optimizer.state[shard.adam_key]
-    if not state:
-        fused = optimizer.defaults.get("fused")
-        state["step"] = torch.zeros((), dtype=torch.float32, device=shard.master.device if fused else "cpu")
-        state["exp_avg"] = torch.zeros_like(shard.adam_key)
-        state["exp_avg_sq"] = torch.zeros_like(shard.adam_key)
-    return state
-
-
-def gradients(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """Whole gradients by parameter name, averaged over the ranks; between ``backward`` and ``step``, on every rank."""
-    trained = ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
-    return {name: safe_get_full_grad(parameter) for name, parameter in trained}
-
-
-def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
-    """The global gradient norm of the last step, where DeepSpeed computes one."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
-
-
-def _quieten() -> None:
-    """DeepSpeed reports every step of its set-up; only its warnings are of use to a reader of the console."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*no current CUDA context.*")

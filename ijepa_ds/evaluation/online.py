@@ -14,7 +14,6 @@ from ijepa_ds.config import Config
 from ijepa_ds.data.beton import inspect_dataset, integer_label_fields
 from ijepa_ds.data.image_loader import EvaluationLoader
 from ijepa_ds.distributed import Process
-from ijepa_ds.engine.target_encoder import TargetEncoder
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.features import Features, extract_features, spread_samples
 from ijepa_ds.evaluation.probes.knn import knn_accuracy
@@ -41,7 +40,7 @@ class OnlineProbe:
         every = max(1, round(self.config.ijepa.monitor.knn_epochs * steps_per_epoch))
         return bool(self.fields) and (step % every == 0 or step == 1 or last)
 
-    def accuracy(self, target_encoder: TargetEncoder, to_input: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def accuracy(self, features: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """``knn/FIELD`` (k = 20) and ``linear/FIELD`` in percent, of features averaged over patches; on the main rank.
 
         All ranks call this together. What cannot be measured is said once and left out: a run goes on without it.
@@ -50,7 +49,7 @@ class OnlineProbe:
         limits = (monitor.knn_train_images, monitor.knn_validation_images)
         train, validation = (
             extract_features(
-                lambda images: target_encoder.features(to_input(images)).float().mean(1),
+                lambda images: features(images).float().mean(1),
                 loader,
                 spread_samples(loader.dataset.num_samples, limit),
                 self.process,

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ijepa_ds.build import encoder_dimensions, schedules_of
 from ijepa_ds.config import Config
-from ijepa_ds.engine.checkpoint_files import TARGET, checkpoint_processes, checkpoint_step, read_weights
+from ijepa_ds.engine.checkpoint_files import checkpoint_processes, checkpoint_step, read_weights
+from ijepa_ds.engine.trainable import TARGET
 from ijepa_ds.errors import UserError
 from ijepa_ds.exchange.tensor_names import to_reference, to_transformers
 from ijepa_ds.files import replacing
-from ijepa_ds.method.ijepa import ENCODER, PREDICTOR
+from ijepa_ds.method.ijepa import CONTEXT_ENCODER, PREDICTOR
 from ijepa_ds.method.positions import sine_cosine_positions
 from ijepa_ds.run.folder import find_checkpoint, read_run_record
 
@@ -117,7 +118,7 @@ def target_encoder_weights(checkpoint: Path, grid: tuple[int, int]) -> dict[str,
 
 def encoder_weights(checkpoint: Path, grid: tuple[int, int], encoder: str) -> dict[str, Tensor]:
     """The same of the encoder asked for, "target" or "context"."""
-    weights = read_weights(checkpoint, TARGET if encoder == "target" else "master", f"{ENCODER}.")
+    weights = read_weights(checkpoint, TARGET if encoder == "target" else "master", f"{CONTEXT_ENCODER}.")
     width = weights["norm.weight"].shape[0]
     return {"pos_embed": sine_cosine_positions(width, grid)[None], **weights}
 

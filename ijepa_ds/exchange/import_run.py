@@ -10,21 +10,17 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ijepa_ds.build import build_ijepa, build_sampler, build_target, encoder_dimensions
 from ijepa_ds.config import Config, apply_override, load_config, parse_config
-from ijepa_ds.distributed import Process
-from ijepa_ds.engine.checkpoint import save_checkpoint
+from ijepa_ds.engine.checkpoint import save
 from ijepa_ds.engine.checkpoint_files import list_checkpoints
-from ijepa_ds.engine.shards import MasterShard, replicated_shards
-from ijepa_ds.engine.target_encoder import TargetEncoder
+from ijepa_ds.engine.plain import Plain
+from ijepa_ds.engine.shards import fill
+from ijepa_ds.engine.trainable import TARGET
 from ijepa_ds.errors import UserError
 from ijepa_ds.exchange.inferred_config import infer_config, size_differences
 from ijepa_ds.exchange.read import ReferenceCheckpoint, read_reference
-from ijepa_ds.method.ijepa import ENCODER, PREDICTOR
-from ijepa_ds.method.optimizer import build_optimizer
+from ijepa_ds.method.ijepa import CONTEXT_ENCODER
 from ijepa_ds.run.folder import RunFolder
 
 _HELP = """
@@ -105,33 +101,15 @@ def write_run(config: Config, checkpoint: ReferenceCheckpoint) -> Path:
     The number of training images stays open: the data need not be there yet.
     """
     model = build_ijepa(config)
-    weights = {
-        ENCODER: checkpoint.context.state_dict(config.grid),
-        PREDICTOR: {**checkpoint.predictor, "predictor_pos_embed": model.predictor.predictor_pos_embed.data},
-    }
-    for part, values in weights.items():
-        model.get_submodule(part).load_state_dict(values)
-    shards = _whole_shards(model, config)
-    target_encoder = TargetEncoder(build_target(config), shards)
-    for shard, average in zip(target_encoder.shards, target_encoder.averages, strict=True):
-        name = shard.placements[0].name.removeprefix(f"{ENCODER}.")
-        average.copy_(checkpoint.target.weights[name].reshape(-1))
+    positions = model.predictor.predictor_pos_embed.data
+    model.context_encoder.load_state_dict(checkpoint.context.state_dict(config.grid))
+    model.predictor.load_state_dict({**checkpoint.predictor, "predictor_pos_embed": positions})
+    optimization = config.ijepa.optimization
+    trainable = Plain(
+        model, build_target(config), betas=optimization.betas, eps=optimization.eps, to_input=lambda images: images
+    )
+    state = trainable.state()
+    fill(state.slices[TARGET], {f"{CONTEXT_ENCODER}.{n}": w for n, w in checkpoint.target.weights.items()})
     folder = RunFolder(config)
     folder.prepare(config, num_images=None)
-    process = Process(0, 1, torch.device("cpu"))
-    keep = config.ijepa.checkpoint.keep
-    return save_checkpoint(folder.checkpoints, 0, shards, target_encoder, _no_moments, process, keep=keep)
-
-
-def _whole_shards(model: torch.nn.Module, config: Config) -> list[MasterShard]:
-    """One shard a trained parameter, whole, in the optimizer's groups: what a checkpoint is made of."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    optimization = config.ijepa.optimization
-    param_groups = build_optimizer(model, betas=optimization.betas, eps=optimization.eps).param_groups
-    groups = [group["params"] for group in param_groups]
-    return replicated_shards(groups, groups, param_groups, names)
-
-
-def _no_moments(shard: MasterShard) -> dict[str, Tensor]:
-    zeros = torch.zeros_like(shard.master)
-    return {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros}
+    return save(folder.checkpoints, 0, state, trainable.process, keep=config.ijepa.checkpoint.keep)

@@ -14,6 +14,7 @@ from ijepa_ds.method.encoder import VisionTransformer, select_tokens
 from ijepa_ds.method.predictor import Predictor
 
 TARGET_NORM_EPS = 1e-5
+CONTEXT_ENCODER, PREDICTOR = "context_encoder", "predictor"  # the two parts, in the names of their parameters
 
 
 class IJEPA(nn.Module):
@@ -59,9 +60,3 @@ def normalize_targets(features: Tensor) -> Tensor:
 def normalize_images(images: Tensor, *, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 images [B, H, W, 3] -> [B, 3, H, W] of ``dtype``; mean and std in units of a pixel's full range."""
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).to(dtype)
-
-
-PREDICTOR = "predictor"
-
-
-ENCODER = "context_encoder"

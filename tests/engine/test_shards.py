@@ -6,13 +6,13 @@ import pytest
 import torch
 from distributed_runs import averages_of, build_parts, masters_of, once, run_ranks, tiny_config, train_steps
 
-from ijepa_ds.engine.shards import MasterShard, Placement, set_masters
+from ijepa_ds.engine.shards import Placement, Shard, fill
 
 
-def shard_of(first: int, length: int) -> MasterShard:
+def shard_of(first: int, length: int) -> Shard:
     """A slice of a flat group of 20 elements: "a" [2, 3] at 0, two elements of alignment, "b" [7] at 8."""
     placements = (Placement("a", 0, torch.Size([2, 3])), Placement("b", 8, torch.Size([7])))
-    return MasterShard("group", placements, first, torch.zeros(length), torch.zeros(20), None, torch.zeros(1))
+    return Shard("group", placements, first, length, None)
 
 
 @pytest.mark.parametrize(
@@ -37,10 +37,10 @@ def test_slices_of_any_length_make_the_whole(length: int) -> None:
     parameters = {"a": torch.arange(6.0).view(2, 3) + 1, "b": torch.arange(7.0) + 100}
     whole = {name: torch.zeros(values.numel()) for name, values in parameters.items()}
     for first in range(0, 20, length):
-        shard = shard_of(first, length)
-        set_masters([shard], parameters)
+        shard, values = shard_of(first, length), torch.zeros(length)
+        fill([(shard, values)], parameters)
         for piece in shard.pieces():
-            whole[piece.name][piece.start : piece.stop] += piece.of(shard.master)
+            whole[piece.name][piece.start : piece.stop] += piece.of(values)
     assert all(torch.equal(whole[name], parameters[name].view(-1)) for name in parameters)
 
 
@@ -48,27 +48,27 @@ def put_together() -> dict:
     """In a rank: the masters by our slices and as DeepSpeed gives them; then other masters, published."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from ijepa_ds.engine.shards import publish_masters
-
     results = {}
     for stage, accumulation in ((2, "fp32"), (1, "fp32"), (1, "bf16")):
         changes = {"zero_optimization__stage": stage, "data_types": {"grad_accum_dtype": accumulation}}
+        changes["bf16"] = {"enabled": True}  # weights that are not the masters
         parts = build_parts(tiny_config(**changes))
         train_steps(parts, range(2))
-        parameters = {n: p for n, p in parts.engine.module.named_parameters() if p.requires_grad}
+        parameters = {n: p for n, p in parts.trainable.module.named_parameters() if p.requires_grad}
         masters, averages = masters_of(parts), averages_of(parts)
         theirs = {name: safe_get_full_fp32_param(parameter) for name, parameter in parameters.items()}
         draw = torch.Generator().manual_seed(5)
         new = {name: torch.randn(parameter.shape, generator=draw) for name, parameter in parameters.items()}
-        set_masters(parts.shards, new)
-        publish_masters(parts.shards)
+        fill(parts.trainable.state().slices["master"], new)
+        parts.trainable.publish()
+        shards = parts.trainable.shards
         results[stage, accumulation] = {
             "same_as_deepspeed": masters.keys() == theirs.keys()
             and all(torch.equal(masters[name], theirs[name].float()) for name in theirs),
             "masters_are_the_new": all(torch.equal(values, new[name]) for name, values in masters_of(parts).items()),
             "weights_are_the_new": all(torch.equal(p, new[name].bfloat16()) for name, p in parameters.items()),
             "average_untouched": all(torch.equal(values, averages[n]) for n, values in averages_of(parts).items()),
-            "held": {piece.name: piece.stop - piece.start for shard in parts.shards for piece in shard.pieces()},
+            "held": {piece.name: piece.stop - piece.start for shard in shards for piece in shard.pieces()},
             "sizes": {name: parameter.numel() for name, parameter in parameters.items()},
         }
     return results

@@ -13,8 +13,9 @@ def watch_the_average() -> dict:
     """In a rank: train, and average the whole masters beside the target encoder."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    parts = build_parts(tiny_config())
-    encoder = parts.engine.module.context_encoder
+    parts = build_parts(tiny_config(bf16={"enabled": True}))  # in which an average would hardly move
+    trainable = parts.trainable
+    encoder = trainable.module.context_encoder
     trained = {f"context_encoder.{n}": p for n, p in encoder.named_parameters() if p.requires_grad}
     start, expected = averages_of(parts), {name: parts.exact[name].clone() for name in trained}
     worst, working_is_cast = 0.0, True
@@ -24,13 +25,13 @@ def watch_the_average() -> dict:
             expected[name] = torch.lerp(expected[name], safe_get_full_fp32_param(parameter).float(), 1 - momentum)
         averages = averages_of(parts)
         worst = max(worst, max(float((averages[name] - expected[name]).abs().max()) for name in trained))
-        parts.target.features(torch.zeros(1, 3, 32, 32, dtype=parts.target.dtype))  # waits for what is on its way
-        weights = dict(parts.target.encoder.named_parameters())
+        trainable.features(torch.zeros(1, 3, 32, 32))  # waits for what is on its way
+        weights = dict(trainable.target_encoder.encoder.named_parameters())
         working_is_cast &= all(
             torch.equal(weights[name.removeprefix("context_encoder.")], average.to(torch.bfloat16))
             for name, average in averages.items()
         )
-    optimizer = parts.engine.optimizer
+    optimizer = trainable.engine.optimizer
     optimized = [p for group in optimizer.optimizer.param_groups for p in group["params"]] + [
         p for group in optimizer.bit16_groups for p in group
     ]
@@ -44,7 +45,7 @@ def watch_the_average() -> dict:
         "working_is_cast": working_is_cast,
         "dtypes": {p.dtype for p in weights.values()},
         "requires_grad": any(p.requires_grad or p.grad is not None for p in weights.values()),
-        "training_mode": parts.target.encoder.training,
+        "training_mode": trainable.target_encoder.encoder.training,
         "is_optimized": any(p.untyped_storage().data_ptr() in storages for p in weights.values()),
         "context_weights": {n: p.detach().clone() for n, p in trained.items()},
         "masters": masters_of(parts),
@@ -92,7 +93,7 @@ def read_the_targets() -> dict:
 
     from ijepa_ds.build import build_encoder
 
-    parts = build_parts(tiny_config(bf16={}))
+    parts = build_parts(tiny_config())
     train_steps(parts, range(2))
     encoder = build_encoder(parts.config)
     names = {f"context_encoder.{name}": p for name, p in encoder.named_parameters() if p.requires_grad}
@@ -102,13 +103,13 @@ def read_the_targets() -> dict:
     with torch.no_grad():
         features = F.layer_norm(encoder(images), (32,))
         by_hand = torch.stack([features[b, blocks[m, b]] for m in range(4) for b in range(3)])
-    ours, averages = parts.target(images, blocks), [average.clone() for average in parts.target.averages]
-    parts.target.update(1.0)
-    unmoved = all(torch.equal(*pair) for pair in zip(averages, parts.target.averages, strict=True))
-    parts.target.update(0.0)
-    masters = [shard.master for shard in parts.target.shards]
-    copied = all(torch.equal(*pair) for pair in zip(masters, parts.target.averages, strict=True))
-    after = parts.target(images, blocks)
+    target_encoder, average = parts.trainable.target_encoder, parts.trainable.average
+    ours, averages = target_encoder(images, blocks), [values.clone() for _, values in average.slices]
+    average.update(1.0)
+    unmoved = all(torch.equal(values, before) for (_, values), before in zip(average.slices, averages, strict=True))
+    average.update(0.0)
+    copied = all(torch.equal(values, shard.master) for shard, values in average.slices)
+    after = target_encoder(images, blocks)
     return {"ours": ours, "by_hand": by_hand, "unmoved": unmoved, "copied": copied, "after": after}
 
 

@@ -1,0 +1,151 @@
+"""What the training loop knows of an engine: one optimizer step, the target encoder's features, the state to be saved.
+
+Shapes: B images, N patches, K context tokens, M target blocks, T tokens of a target block, D encoder width, H x W
+pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ijepa_ds.distributed import Process
+from ijepa_ds.engine.moving_average import MovingAverage
+from ijepa_ds.engine.shards import MasterShard, Slices, publish_masters
+from ijepa_ds.engine.target_encoder import TargetEncoder
+from ijepa_ds.method.encoder import VisionTransformer
+from ijepa_ds.method.ijepa import CONTEXT_ENCODER, IJEPA
+from ijepa_ds.method.schedules import Hyperparameters
+
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+TARGET = "target"  # the kind under which a state holds the target encoder's average
+
+
+class Batch(Protocol):
+    """A micro-batch on the device."""
+
+    images: Tensor  # uint8 [B, H, W, 3], or whatever the engine's ``to_input`` takes
+    context_block: Tensor  # int64 [B, K]
+    target_blocks: Tensor  # int64 [M, B, T]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an optimizer step did. Everything stays where it was computed until a log line asks."""
+
+    losses: Tensor  # fp32 [k]: of each micro-batch of this process, or a pipeline's mean alone
+    applied: Tensor  # false: a gradient was not finite, nothing moved
+    gradient_norm: Tensor | None  # over all processes; None where the engine computes none
+
+
+@dataclass(frozen=True)
+class State:
+    """This process's slices of all that a run must not lose: views, nothing copied."""
+
+    slices: dict[str, Slices]  # "master", "exp_avg", "exp_avg_sq", "target"
+    adam_steps: dict[str, list[Tensor]]  # group -> its counters: one, or one a parameter
+    owned: bool  # false where another process holds the same
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """The whole shapes of the trained parameters that this process knows of."""
+        return {p.name: list(p.shape) for shard, _ in self.slices["master"] for p in shard.placements}
+
+
+class Trainable(Protocol):
+    """Context encoder, predictor and target encoder, however they are split over processes.
+
+    Every method is called by all processes together.
+    """
+
+    data_rank: int  # whose share of a batch this process reads
+    data_ranks: int
+    num_parameters: dict[str, int]  # of the context encoder and of the predictor
+
+    def step(self, batches: Iterator[Batch], now: Hyperparameters) -> Outcome:
+        """One optimizer step on this process's micro-batches, all of which are used up."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """The target encoder's features of uint8 images [B, H, W, 3], before the target norm: [B, N, D]."""
+
+    def state(self) -> State:
+        """What a checkpoint holds of this process; fill its tensors, then :meth:`publish`."""
+
+    def publish(self) -> None:
+        """Bring the working weights and the target encoder up to a state that was filled."""
+
+    def describe(self) -> str:
+        """How it trains, in a few words."""
+
+
+class ShardedTrainable:
+    """What every engine shares whose fp32 weights are slices: the state, the average and the target encoder.
+
+    Args:
+        module: context encoder and predictor, with the weights that compute.
+        target: the target encoder's architecture, on the meta device.
+        shards: this process's masters, all groups.
+        adam: the AdamW that moves them.
+        to_input: images of a batch -> the encoders' input [B, 3, H, W].
+    """
+
+    def __init__(
+        self,
+        module: IJEPA,
+        target: VisionTransformer,
+        shards: list[MasterShard],
+        adam: torch.optim.Optimizer,
+        process: Process,
+        *,
+        to_input: Callable[[Tensor], Tensor],
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.module, self.shards, self.adam, self.process = module, shards, adam, process
+        self.average = MovingAverage([shard for shard in shards if shard.group.startswith(CONTEXT_ENCODER)])
+        self.target_encoder = TargetEncoder(target, self.average, autocast=autocast)
+        self.to_input = to_input
+        self.data_rank, self.data_ranks = process.rank, process.world_size
+        self.num_parameters = {name: count_parameters(part) for name, part in module.named_children()}
+        # For checks: called with the whole gradients by name before each step is taken.
+        self.watch_gradients: Callable[[dict[str, Tensor]], None] | None = None
+
+    def features(self, images: Tensor) -> Tensor:
+        """See :class:`Trainable`."""
+        return self.target_encoder.features(self.to_input(images))
+
+    def state(self) -> State:
+        """See :class:`Trainable`."""
+        adam = [(shard, self._adam_state(shard)) for shard in self.shards]
+        slices: dict[str, Slices] = {"master": [(shard, shard.master) for shard in self.shards]}
+        for moment in ADAM_MOMENTS:
+            slices[moment] = [(shard, state[moment].detach().view(-1)) for shard, state in adam]
+        slices[TARGET] = self.average.slices
+        owned = self.process.is_main or self.shards[0].process_group is not None
+        adam_steps: dict[str, list[Tensor]] = {}
+        for shard, state in adam:
+            adam_steps.setdefault(shard.group, []).append(state["step"])
+        return State(slices, adam_steps, owned)
+
+    def publish(self) -> None:
+        """See :class:`Trainable`."""
+        publish_masters(self.shards)
+        self.average.publish()
+
+    def _adam_state(self, shard: MasterShard) -> dict[str, Tensor]:
+        """AdamW's state of a shard: ``step`` (scalar), moments [length]; made before the first step."""
+        state = self.adam.state[shard.adam_key]
+        if not state:
+            device = shard.master.device if self.adam.defaults.get("fused") else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            for moment in ADAM_MOMENTS:
+                state[moment] = torch.zeros_like(shard.adam_key)
+        return state
+
+
+def count_parameters(module: nn.Module) -> int:
+    """All parameters, fixed positions included."""
+    return sum(parameter.numel() for parameter in module.parameters())

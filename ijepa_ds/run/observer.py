@@ -1,0 +1,72 @@
+"""What a run shows of itself now and then: health, pictures, a probe of its features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from ijepa_ds.config import MonitorConfig
+from ijepa_ds.distributed import Process
+from ijepa_ds.engine.trainable import Batch
+from ijepa_ds.run.health import health
+from ijepa_ds.run.monitor import Monitor
+from ijepa_ds.run.pictures import draw_masks, feature_sheet
+
+PICTURE_IMAGES = 8
+HEALTH_IMAGES = 256
+
+Features = Callable[[Tensor], Tensor]  # uint8 images [B, H, W, 3] on the device -> [B, N, D]
+
+
+class Probe(Protocol):
+    """Measures what the features know."""
+
+    def due(self, step: int, steps_per_epoch: int, last: bool) -> bool:
+        """Whether a measurement is due after ``step`` steps."""
+
+    def accuracy(self, features: Features) -> dict[str, float]:
+        """Values by name, on the main rank; all processes call this together."""
+
+
+class Observer:
+    """Looks at the target encoder's features where ``settings`` say so, and gives what it sees to ``monitor``."""
+
+    def __init__(
+        self,
+        settings: MonitorConfig,
+        process: Process,
+        monitor: Monitor,
+        probe: Probe,
+        *,
+        grid: tuple[int, int],
+        steps_per_epoch: int,
+    ) -> None:
+        self.settings, self.process, self.monitor, self.probe = settings, process, monitor, probe
+        self.grid, self.steps_per_epoch = grid, steps_per_epoch
+
+    def after_step(self, step: int, batch: Batch, features: Features, *, last: bool) -> None:
+        """Show what is due after ``step`` steps, of the last micro-batch; all processes call this together."""
+        health_steps, picture_steps = self.settings.health_steps, self.settings.picture_steps
+        if self.process.is_main and is_due(step, health_steps, last):
+            self.monitor.scalars(step, health(features(batch.images[:HEALTH_IMAGES])))
+        first_picture = picture_steps > 0 and step == 1
+        if self.process.is_main and (first_picture or is_due(step, picture_steps, last)):
+            self._draw(step, batch, features)
+        if self.probe.due(step, self.steps_per_epoch, last):
+            self.monitor.scalars(step, self.probe.accuracy(features))
+
+    def _draw(self, step: int, batch: Batch, features: Features) -> None:
+        images = batch.images[:PICTURE_IMAGES]
+        pixels = images.cpu().numpy()
+        context_block = batch.context_block[:PICTURE_IMAGES].cpu().numpy()
+        target_blocks = batch.target_blocks[:, :PICTURE_IMAGES].cpu().numpy()
+        self.monitor.picture(step, "masks", draw_masks(pixels, context_block, target_blocks, grid=self.grid))
+        tokens = features(images).float().cpu()
+        self.monitor.picture(step, "features", feature_sheet(pixels, tokens, grid=self.grid))
+
+
+def is_due(step: int, every: int, last: bool) -> bool:
+    """Every so many steps and after the last one; 0 is never."""
+    return every > 0 and (step % every == 0 or last)
