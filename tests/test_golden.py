@@ -7,10 +7,11 @@ learnt (method, masks, initial weights, order, crops, the scenes), or the pinned
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
-from distributed_runs import FOLDER, launch_training, once, tiny_config
+from distributed_runs import FOLDER, launch_training, once, run_folder, tiny_config
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.txt"
 STEPS, SCENES = 20, 64
@@ -85,6 +86,15 @@ def test_two_ranks_have_them_up_to_the_order_of_sums():
     found = losses(2)
     assert len(found) == STEPS
     assert found == pytest.approx(golden()[1], rel=1e-6)
+
+
+def test_a_run_stopped_by_an_earlier_version_goes_on_bit_for_bit():
+    """golden/format_1: this run after ten steps, written before the package had wings."""
+    config = golden_config("before_wings")
+    shutil.copytree(GOLDEN.parent / "format_1", run_folder(config))
+    run = launch_training(config, 1, environment=SAME_ARITHMETIC)
+    assert run.exit_codes == [0] and "going on from step 10" in run.output, run.output[-3000:]
+    assert run.losses == golden()[1]
 
 
 if __name__ == "__main__":
