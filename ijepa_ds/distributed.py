@@ -63,7 +63,7 @@ def leave_to_main_process() -> None:
         sys.exit(2)
 
 
-def from_main(value: object, process: Process) -> object:
+def from_main(value: Any, process: Process) -> Any:
     """Rank 0's value, on every rank."""
     values = [value]
     if process.world_size > 1:

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -128,7 +129,8 @@ class Run:
         self.folder = RunFolder(config)
         self.record = self.folder.prepare(config, loader.dataset.num_samples) if process.is_main else {}
         # Rank 0 decides: on a shared file system others may see it late.
-        self.checkpoint = from_main(self.folder.newest_checkpoint() if process.is_main else None, process)
+        newest = self.folder.newest_checkpoint() if process.is_main else None
+        self.checkpoint: Path | None = from_main(newest, process)
         first_step = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
         self.monitor = Monitor(
             self.folder.path,
@@ -198,8 +200,9 @@ class Run:
         """The last checkpoint, and the exported target encoder where the run is complete."""
         if step != self.saver.saved_step:
             self._save(step)
-        if step >= self.total_steps and self.process.is_main:
-            path = export_timm(self.folder.newest_checkpoint(), self.config, self.folder.export)
+        newest = self.folder.newest_checkpoint() if self.process.is_main else None
+        if step >= self.total_steps and newest is not None:
+            path = export_timm(newest, self.config, self.folder.export)
             self.monitor.say(f"the target encoder, for timm: {path}")
         if step >= self.last_step:
             self.monitor.say(

@@ -51,7 +51,9 @@ def init_distributed() -> Process:
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), local_rank)
+    # A group of CPU tensors, to agree without waiting for the device.
     control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
+    assert isinstance(control, dist.ProcessGroup)
     return Process(dist.get_rank(), dist.get_world_size(), device, control)
 
 

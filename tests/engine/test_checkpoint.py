@@ -181,7 +181,11 @@ def save_here(folder: Path, stage: int) -> dict:
 
 def load_and_save_again(source: Path, folder: Path, stage: int) -> dict:
     """In a rank: another seed's model takes a checkpoint's state, and saves it again."""
-    parts = build_parts(tiny_config(zero_optimization={"stage": stage}, ijepa__run__seed=9, **BF16))
+    if stage == PLAIN:
+        parts = build_parts(tiny_config(ijepa__run__seed=9), plain=True)
+    else:
+        parts = build_parts(tiny_config(zero_optimization={"stage": stage}, ijepa__run__seed=9, **BF16))
+    dtype = parts.trainable.target_encoder.dtype
     step = parts.load(source)
     masters, averages = masters_of(parts), averages_of(parts)
     parts.save(folder, 2)
@@ -193,8 +197,8 @@ def load_and_save_again(source: Path, folder: Path, stage: int) -> dict:
     return {
         "step": step,
         "adam": parts.adam_steps(),
-        "working_is_cast": all(torch.equal(p, masters[name].bfloat16()) for name, p in working.items()),
-        "target_is_cast": all(torch.equal(p, averages[name].bfloat16()) for name, p in target.items()),
+        "working_is_cast": all(torch.equal(p, masters[name].to(dtype)) for name, p in working.items()),
+        "target_is_cast": all(torch.equal(p, averages[name].to(dtype)) for name, p in target.items()),
         "losses": train_steps(parts, range(2, 4)),
     }
 
@@ -215,15 +219,20 @@ def loaded(world_size: int) -> list[list[dict]]:
     return run_ranks(
         load_all,
         world_size,
-        [(saved(of)[0], FOLDER / f"again_{of}_{world_size}_{stage}", stage) for of, stage in LOADED],
+        [
+            (saved(of)[0], FOLDER / f"again_{of}_{world_size}_{stage}", stage)
+            for of, stage in LOADED
+            if stage != PLAIN or world_size == 1
+        ],
     )
 
 
-LOADED = [(1, 2), (2, 2), (2, 0), (2, 1)]
+PLAIN = -1  # in place of a ZeRO stage: without DeepSpeed, on one rank
+LOADED = [(1, 2), (2, 2), (2, 0), (2, 1), (2, PLAIN)]
+CASES = [(case, world_size) for case in range(len(LOADED)) for world_size in (1, 2)][:-1]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("case", range(len(LOADED)), ids=[f"of {of}, ZeRO {stage}" for of, stage in LOADED])
+@pytest.mark.parametrize(("case", "world_size"), CASES)
 def test_any_number_of_ranks_reads_what_any_other_wrote(case: int, world_size: int) -> None:
     of, stage = LOADED[case]
     for rank in loaded(world_size):
@@ -233,7 +242,7 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(case: int, world_size: i
         if of == world_size and stage == 2:  # as if it had never been saved
             assert rank[case]["losses"] == saved(of)[1][0]["losses"]
     again = FOLDER / f"again_{of}_{world_size}_{stage}" / "step_000000002"
-    assert len(list(again.glob("rank_*.pt"))) == (1 if stage == 0 else world_size)
+    assert len(list(again.glob("rank_*.pt"))) == (1 if stage in (0, PLAIN) else world_size)
     for kind in ("master", "exp_avg", "exp_avg_sq", "target"):
         assert_same_tensors(read_weights(again, kind), read_weights(saved(of)[0], kind))
 
@@ -390,3 +399,28 @@ def test_what_is_unfinished_is_not_listed_and_is_removed(tmp_path: Path) -> None
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000000001"]
     remove_incomplete(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000001", "step_000000003"]
+
+
+def train_while_writing(folder: Path) -> dict:
+    """In a rank: a snapshot, a step more, and only then the files."""
+    from ijepa_ds.engine.checkpoint import begin, commit, snapshot, write
+
+    parts = build_parts(tiny_config())
+    train_steps(parts, range(1))
+    masters, averages = masters_of(parts), averages_of(parts)
+    copied = snapshot(parts.trainable.state())
+    train_steps(parts, range(1, 2))
+    moved = any(not torch.equal(masters[name], values) for name, values in masters_of(parts).items())
+    begin(folder, 1, parts.process)
+    write(copied, folder / "tmp.step_000000001", parts.process.rank)
+    commit(folder, 1, copied.shapes, parts.process, keep=1)
+    return {"masters": masters, "averages": averages, "moved": moved}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_snapshot_stays_as_it_was_while_training_goes_on(world_size: int) -> None:
+    folder = FOLDER / f"snapshot_{world_size}"
+    for rank in run_ranks(train_while_writing, world_size, folder):
+        assert rank["moved"]
+        assert_same_tensors(read_weights(folder / "step_000000001", "master"), rank["masters"])
+        assert_same_tensors(read_weights(folder / "step_000000001", "target"), rank["averages"])
