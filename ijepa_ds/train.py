@@ -33,6 +33,7 @@ from ijepa_ds.engine.zero import adam_state, build_engine, gradient_norm, init_d
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.online import OnlineProbe
 from ijepa_ds.exchange.export import export_timm
+from ijepa_ds.hardware import bf16_warning
 from ijepa_ds.method.ijepa import normalize_images
 from ijepa_ds.method.masks import MaskSampler
 from ijepa_ds.method.optimizer import set_hyperparameters
@@ -270,6 +271,10 @@ class Run:
             f"masks: {config.ijepa.masks.sampler} on {config.grid[0]} x {config.grid[1]} patches; folder "
             f"{self.folder.path}; " + (f"going on from step {step}" if self._saved_step >= 0 else "starting at step 0")
         )
+        in_bf16 = torch.bfloat16 in (working_dtype(config), autocast_dtype(config))
+        key = "bf16" if working_dtype(config) == torch.bfloat16 else "torch_autocast"
+        if warning := bf16_warning(in_bf16, self.process.device, cure=f"for a new run, --set {key}.enabled=false"):
+            self.monitor.say(warning)
 
 
 def _due(step: int, every: int, last: bool) -> bool:
