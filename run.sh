@@ -15,6 +15,7 @@ usage: ./run.sh COMMAND [OPTIONS]
   setup        make .venv and install everything into it (system packages too, where that is allowed)
   demo         make images, convert, pretrain and evaluate a small model: the whole project in one go
   test         run the tests; options go to pytest:  ./run.sh test -k masks
+  lint         check style, layout and types, as continuous integration does
   convert      turn a folder of images into FFCV files:  ./run.sh convert --help
   pretrain     train on every GPU of this machine, or on the CPU:  ./run.sh pretrain --config ds_configs/FILE.json
   evaluate     measure what a pretrained encoder has learnt:  ./run.sh evaluate --help
@@ -213,6 +214,17 @@ run_group() {
     return "$status"
 }
 
+# ---- Checks ----------------------------------------------------------------------------------------------------------
+
+# All three have their say, whatever the first finds.
+lint() {
+    local status=0
+    "$python" -m ruff check . || status=1
+    "$python" -m ruff format --check . || status=1
+    "$python" -m mypy || status=1
+    return "$status"
+}
+
 # ---- Commands --------------------------------------------------------------------------------------------------------
 
 main() {
@@ -220,7 +232,7 @@ main() {
     shift || true
     case $command in
         help | -h | --help) help && exit ;;
-        setup | demo | test | convert | pretrain | evaluate | tensorboard) setup ;;
+        setup | demo | test | lint | convert | pretrain | evaluate | tensorboard) setup ;;
         *) die "unknown command '$command'; ./run.sh help lists them" ;;
     esac
     export PATH=$venv/bin:$PATH
@@ -230,6 +242,7 @@ main() {
         demo) exec "$python" -m ijepa_ds demo "$@" ;;
         # Two at a time, file by file: most of a test's time is the start of processes.
         test) cd -- "$root" && exec "$python" -m pytest -n 2 --dist loadfile "$@" ;;
+        lint) cd -- "$root" && lint ;;
         convert) exec "$python" "$root/data_prep/to_ffcv.py" "$@" ;;
         pretrain)
             read -ra launcher_args <<<"${DEEPSPEED_ARGS:-}"

@@ -17,6 +17,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["ijepa_ds", "ijepa_ds.*"]),
+    package_data={"ijepa_ds": ["py.typed"]},
     install_requires=[
         # Exact: we read the optimizer's internals, and the loader's, whose names change between releases.
         "deepspeed==0.19.8",
@@ -34,7 +35,7 @@ setup(
         "matplotlib",
         "setuptools",  # ffcv imports distutils, which Python 3.12 and later only find here
     ],
-    extras_require={"dev": ["pytest", "pytest-xdist", "ruff", "scikit-learn", "transformers"]},
+    extras_require={"dev": ["mypy", "pytest", "pytest-xdist", "ruff", "scikit-learn", "transformers", "types-pyyaml"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

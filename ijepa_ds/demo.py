@@ -1,7 +1,7 @@
 """``python -m ijepa_ds demo``: the whole job on built-in images, by the commands that a user would type.
 
 Make scenes, convert them, pretrain through ``deepspeed run.py``, probe the target encoder beside random ones, export
-it. What an earlier call finished is used again.
+it. What an earlier call finished is used again; a call that was asked to stop is taken up by the next.
 """
 
 from __future__ import annotations
@@ -10,20 +10,29 @@ import argparse
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from ijepa_ds.config import load_config
+import torch
+
+from ijepa_ds.config import Config, load_config
+from ijepa_ds.engine.checkpoint_files import list_checkpoints
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.results import best_of, margin, random_values, read_results
 from ijepa_ds.files import PROJECT
+from ijepa_ds.hardware import has_fast_bf16, why
+from ijepa_ds.process_group import Commands
 from ijepa_ds.progress import duration
+from ijepa_ds.run.folder import read_run_config
 
 CONFIG = "ds_configs/scenes_tiny.json"
 # Enough images for a probe of 512 features, in half the time of all; random encoders enough to estimate a deviation.
 PROBE = ["--train-images", "8000", "--random-seeds", "5"]
+
+
+class Stopped(Exception):
+    """A signal has ended a step, or the pretraining has ended before its last epoch; says how to go on."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,44 +43,96 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", default="data/scenes", help="folder for the scenes")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="as for run.py")
     options = parser.parse_args(arguments)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    with Commands(PROJECT, {**os.environ, "PATH": path}) as commands:
+        try:
+            _demo(options, commands)
+        except Stopped as stopped:
+            print(f"\n== {stopped}", flush=True)
+            return 128 + commands.stopped if commands.stopped else 1
+    return 0
+
+
+def _demo(options: argparse.Namespace, commands: Commands) -> None:
     began = time.monotonic()
     config = load_config(PROJECT / CONFIG, options.set)
     run = PROJECT / config.ijepa.run.folder / config.ijepa.run.name
     data = Path(options.data)
-    _make_data(data, config.ijepa.data.image_size[0], options)
-    overrides = [f"ijepa.data.train={data}/train.beton", f"ijepa.data.validation={data}/val.beton", *options.set]
+    _make_data(data, config.ijepa.data.image_size[0], options, commands)
+    overrides = [f"ijepa.data.train={data}/train.beton", f"ijepa.data.validation={data}/val.beton"]
     export = run / "export" / "target_encoder.safetensors"
     if export.exists():
         print(f"\n== pretrain: {run} is there already")
     else:
-        command = ["deepspeed", "run.py", "--config", CONFIG]
-        _call("pretrain", [*command, *(part for override in overrides for part in ("--set", override))])
+        precision, reason = choose_precision(config, run, options.set)
+        print(f"\n== precision: {reason}", flush=True)
+        _pretrain([*overrides, *precision, *options.set], commands)
+        if not export.exists():
+            raise Stopped(_why_unfinished(config))
     results = run / "evaluation" / "results.json"
     if not results.exists() or results.stat().st_mtime < export.stat().st_mtime:
-        _call("evaluate", [sys.executable, "-m", "ijepa_ds", "evaluate", "--checkpoint", str(run), *PROBE])
+        _call("evaluate", [sys.executable, "-m", "ijepa_ds", "evaluate", "--checkpoint", str(run), *PROBE], commands)
     _summarise(run, results, time.monotonic() - began)
-    return 0
 
 
-def _make_data(data: Path, size: int, options: argparse.Namespace) -> None:
+def _make_data(data: Path, size: int, options: argparse.Namespace, commands: Commands) -> None:
     scenes = data / "source"
     counts = ["--train", str(options.images), "--val", str(options.validation_images)]
-    _call("scenes", [sys.executable, "data_prep/make_scenes.py", str(scenes), *counts, "--size", str(size)])
+    _call("scenes", [sys.executable, "data_prep/make_scenes.py", str(scenes), *counts, "--size", str(size)], commands)
     for split in ("train", "val"):
         beton = data / f"{split}.beton"
         if (PROJECT / beton).exists():
             print(f"\n== convert: {beton} is there already")
         else:
             convert = ["data_prep/to_ffcv.py", str(scenes), str(beton), "--split", split, "--write-mode", "raw"]
-            _call("convert", [sys.executable, *convert])
+            _call("convert", [sys.executable, *convert], commands)
 
 
-def _call(name: str, command: list[str]) -> None:
+def choose_precision(config: Config, run: Path, overrides: list[str]) -> tuple[list[str], str]:
+    """What to set for the pretraining's precision, and the sentence that says which was taken and why.
+
+    A run that goes on keeps the precision that it began with, whatever is measured now.
+    """
+    if any(override.startswith(("bf16", "torch_autocast", "data_types")) for override in overrides):
+        return [], f"{_precision(config.deepspeed['bf16'])}, as --set has it"
+    if list_checkpoints(run / "checkpoints"):
+        bf16 = read_run_config(run).deepspeed["bf16"]
+        return [_set_bf16(bool(bf16.get("enabled")))], f"{_precision(bf16)}, with which {run} was begun"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fast = has_fast_bf16(device)
+    return [_set_bf16(fast)], (
+        f"{_precision({'enabled': fast})}, because {why(device)}; --set {_set_bf16(not fast)} overrules it"
+    )
+
+
+def _precision(bf16: dict[str, object]) -> str:
+    return "bf16" if bf16.get("enabled") else "fp32"
+
+
+def _set_bf16(enabled: bool) -> str:
+    return f"bf16.enabled={'true' if enabled else 'false'}"
+
+
+def _pretrain(overrides: list[str], commands: Commands) -> None:
+    """One process, on a GPU where there is one: the batch is too small to be shared by the GPUs of a large machine."""
+    command = ["deepspeed", "--num_gpus", "1", "run.py", "--config", CONFIG]
+    _call("pretrain", [*command, *(part for override in overrides for part in ("--set", override))], commands)
+
+
+def _why_unfinished(config: Config) -> str:
+    end = config.ijepa.run.stop_after_steps
+    if end is not None:
+        return f"pretraining ends at ijepa.run.stop_after_steps = {end}; without it the same command goes on"
+    return "pretraining was asked to stop before its last epoch; the same command goes on"
+
+
+def _call(name: str, command: list[str], commands: Commands) -> None:
     """Run a command of the project from its root, shown as a user would type it."""
     shown = ["python" if part == sys.executable else part for part in command]
     print(f"\n== {name}: {shlex.join(shown)}", flush=True)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    code = subprocess.run(command, cwd=PROJECT, env={**os.environ, "PATH": path}).returncode
+    code = commands.run(command)
+    if commands.stopped:
+        raise Stopped(f"{name} was stopped by {commands.stopped.name}; the same command goes on")
     if code:
         raise UserError(f"the demo's step '{name}' ended with exit code {code}; its reason stands above")
 

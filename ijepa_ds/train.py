@@ -37,6 +37,7 @@ from ijepa_ds.engine.zero import Zero, init_distributed
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.online import OnlineProbe
 from ijepa_ds.exchange.export import export_timm
+from ijepa_ds.hardware import bf16_warning
 from ijepa_ds.method.ijepa import normalize_images
 from ijepa_ds.method.masks import MaskSampler
 from ijepa_ds.method.schedules import Hyperparameters
@@ -170,6 +171,7 @@ class Run:
             self.trainable.publish()
         self.monitor.text("config", f"```json\n{json.dumps(self.record, indent=2)}\n```")
         self.monitor.say(self._what_starts(step))
+        self._warn_of_slow_bf16()
         return step
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -236,6 +238,14 @@ class Run:
         if self.process.device.type == "cuda":
             values["memory_gb"] = torch.cuda.max_memory_allocated(self.process.device) / 1e9
         self.monitor.scalars(step, values)
+
+    def _warn_of_slow_bf16(self) -> None:
+        dtypes = {"bf16": working_dtype(self.config), "torch_autocast": autocast_dtype(self.config)}
+        key = next((key for key, dtype in dtypes.items() if dtype == torch.bfloat16), None)
+        if key is not None and self.process.is_main:
+            cure = f"for a new run, --set {key}.enabled=false"
+            if warning := bf16_warning(True, self.process.device, cure=cure):
+                self.monitor.say(warning)
 
     def _what_starts(self, step: int) -> str:
         config, loader = self.config, self.loader

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "ijepa_ds"
 
-GROUND = "__init__ errors files progress random_streams distributed"
+GROUND = "__init__ errors files progress random_streams distributed hardware"
 # A wing (a folder) or a file of the top level -> what it may import beside itself and the ground.
 MAY_IMPORT = {
     "method": "",
@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "checks": "method config build engine exchange",
     "evaluation": "method config build data engine run exchange",
     "train": "method config build data engine run exchange evaluation",
-    "demo": "config run evaluation",
+    "process_group": "",
+    "demo": "config run engine evaluation process_group",
     "__main__": "",
 }
 ONLY_IN = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["setup", "demo", "test", "convert", "pretrain", "evaluate", "tensorboard"]
+COMMANDS = ["setup", "demo", "test", "lint", "convert", "pretrain", "evaluate", "tensorboard"]
 
 
 def run(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
@@ -195,3 +195,16 @@ def test_no_rank_outlives_its_launcher(clone: Path) -> None:
     assert process.returncode == 128 + signal.SIGKILL
     assert (clone / "saved").exists()
     assert not is_alive(rank)
+
+
+@pytest.mark.parametrize(("failing", "status"), [("none", 0), ("check", 1), ("format", 1), ("mypy", 1)])
+def test_lint_asks_all_three_and_fails_where_any_does(clone: Path, failing: str, status: int) -> None:
+    calls = clone / "calls"
+    (clone / ".venv/bin/python").unlink()
+    (clone / ".venv/bin/python").write_text(
+        f'#!/usr/bin/env bash\n[[ $1 == -m ]] || exec "{sys.executable}" "$@"\n'
+        f'echo "$*" >> "{calls}"\n[[ "$*" != *{failing}* ]]\n'
+    )
+    (clone / ".venv/bin/python").chmod(0o755)
+    assert run("bash", "-c", '. "$0/run.sh"; stamp > "$stamp_file"; main lint', clone).returncode == status
+    assert calls.read_text().splitlines() == ["-m ruff check .", "-m ruff format --check .", "-m mypy"]

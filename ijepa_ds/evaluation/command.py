@@ -8,12 +8,14 @@ evaluate ...``.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 from pathlib import Path
 
 import torch
 
+from ijepa_ds.build import working_dtype
 from ijepa_ds.data.ffcv_pipeline import DecodeError
 from ijepa_ds.distributed import Process, leave_to_main_process, share_cpu_threads
 from ijepa_ds.engine.zero import init_distributed
@@ -27,6 +29,7 @@ from ijepa_ds.evaluation.setting import FewLabels, Setting
 from ijepa_ds.evaluation.subject import Target, load_target
 from ijepa_ds.evaluation.tasks import DEFAULT_TASKS, TASKS, check_tasks
 from ijepa_ds.files import checksum
+from ijepa_ds.hardware import bf16_warning
 from ijepa_ds.run.provenance import versions
 
 
@@ -38,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         target = load_target(
             Path(options.checkpoint), options.config, image_size=options.image_size, heads=options.heads
         )
-        evaluate(options, target)
+        evaluate(options, in_fp32(target) if options.fp32 else target)
     except DecodeError:  # of this process's images
         raise
     except UserError:
@@ -84,6 +87,7 @@ def _add_options_of_input(parser: argparse.ArgumentParser) -> None:
     add("--image-size", metavar="N", type=int, help="pixels, where not the encoder's own: positions are computed anew")
     add("--crop-share", metavar="X", type=float, help="the central crop's side over the image's shorter side")
     add("--micro-batch", metavar="N", type=int, default=256, help="images of one forward pass (default 256)")
+    add("--fp32", action="store_true", help="run the encoders in fp32, where the configuration has bf16")
 
 
 def _add_options_of_tasks(parser: argparse.ArgumentParser) -> None:
@@ -220,6 +224,8 @@ def evaluate(options: argparse.Namespace, target: Target) -> Results | None:
         say=say,
     )
     say(f"measuring {target.say()}; tasks: {', '.join(options.task)}; labels: {', '.join(data.fields)}")
+    if warning := bf16_warning(working_dtype(config) == torch.bfloat16, process.device, cure="--fp32"):
+        say(warning)
     check_tasks(setting, options.task)
     measured = []
     for encoder in encoders_to_measure(target, process, random_seeds=options.random_seeds):
@@ -249,6 +255,12 @@ def evaluate(options: argparse.Namespace, target: Target) -> Results | None:
     if options.pictures:
         illustrate(results, folder, setting, step=target.step)
     return results
+
+
+def in_fp32(target: Target) -> Target:
+    """The same encoder, to be run in fp32 whatever its run computed in."""
+    config = dataclasses.replace(target.config, deepspeed={**target.config.deepspeed, "bf16": {"enabled": False}})
+    return dataclasses.replace(target, config=config)
 
 
 def join() -> Process:
