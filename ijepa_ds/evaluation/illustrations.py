@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import statistics
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ijepa_ds.evaluation.results import Results, TaskResult
+from ijepa_ds.evaluation.results import Results
 from ijepa_ds.evaluation.setting import Setting, any_classes
+
+if TYPE_CHECKING:
+    from ijepa_ds.evaluation.plots import Neighbours
 
 
 def illustrate(results: Results, folder: Path, setting: Setting, *, step: int) -> list[Path]:
@@ -19,69 +22,43 @@ def illustrate(results: Results, folder: Path, setting: Setting, *, step: int) -
 
     The main process calls this, alone.
     """
-    places: list[Path] = []
-
-    def warn(line: str) -> None:
-        print(f"warning: {line}", flush=True)
-
+    pictures: list[Path] = []
     try:
-        from ijepa_ds.evaluation.plots import Regression, draw_results  # a second to import
+        from ijepa_ds.evaluation.plots import draw_results  # a second to import
 
-        regressions = [
-            Regression(
-                task.label if task.label == task.task else f"{task.label}, {task.task}",
-                np.array(task.extra["true_values"]),
-                np.array(task.extra["predicted_values"]),
-            )
-            for task in results.tasks
-            if "true_values" in task.extra
-        ]
-        places = draw_results(
-            dataclasses.asdict(results),
-            folder / "pictures",
-            neighbours=_neighbours(results, setting),
-            regression=regressions,
-            warn=warn,
-        )
-        if places:
-            print(f"pictures in {folder / 'pictures'}: {', '.join(path.name for path in places)}", flush=True)
-            _log_pictures(places, folder / "tensorboard" / "trained", step)
+        pictures = draw_results(results, folder / "pictures", neighbours=_neighbours(results, setting))
+        if pictures:
+            print(f"pictures in {folder / 'pictures'}: {', '.join(path.name for path in pictures)}", flush=True)
+            _log_pictures(pictures, folder / "tensorboard" / "trained", step)
     except Exception as error:  # results.json is there: whatever this is, the evaluation has succeeded
-        warn(f"pictures are missing: {error!r}")
-    return places
+        print(f"warning: pictures are missing: {error!r}", flush=True)
+    return pictures
 
 
-def _neighbours(results: Results, setting: Setting):
-    """The nearest training images that the first kNN found, with their classes; None without a kNN."""
+def _neighbours(results: Results, setting: Setting) -> Neighbours | None:
+    """The nearest training images of a few queries, as kNN measured them, with their classes; None without a kNN."""
     from ijepa_ds.evaluation.plots import SHOWN_NEIGHBOURS, Neighbours
 
-    # They depend on the features alone; classes say more than the bins of a continuous label.
-    tasks = sorted(
-        (task for task in results.tasks if task.task == "knn"),
-        key=lambda task: task.label not in setting.data.integer_fields,
-    )
+    data, tasks = setting.data, [task for task in results.tasks if task.task == "knn"]
     if not tasks:
         return None
-    task: TaskResult = tasks[0]
-    found, classes, data = task.extra["neighbours"], any_classes(setting, task.label), setting.data
-    queries = np.unique([one["query"] for one in found])  # of few images the same may have been taken twice
-    near_of = {one["query"]: one["train"][:SHOWN_NEIGHBOURS] for one in found}
-    near = np.array([near_of[query] for query in queries])  # [Q, K]
+    # They depend on the features alone; classes say more than the bins of a continuous label.
+    task = min(tasks, key=lambda task: task.label not in data.integer_fields)
+    classes = any_classes(setting, task.label)
+    # Of few images the same query may have been taken twice.
+    nearest = {row["query"]: row["train"][:SHOWN_NEIGHBOURS] for row in task.extra["neighbours"]}
+    queries = np.array(sorted(nearest))  # [Q]
+    near = np.array([nearest[query] for query in queries])  # [Q, K]
 
-    def images_of(split: str, samples: np.ndarray) -> np.ndarray:
+    def images_and_names(split: str, labels: torch.Tensor, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         batches = data.images(split, samples, crop_share=setting.share())
-        return torch.cat([images.cpu().clone() for images in batches]).numpy()
+        names = [classes.names[int(labels[place])] for place in np.searchsorted(data.samples[split], samples)]
+        return torch.cat([images.cpu().clone() for images in batches]).numpy(), np.array(names, object)
 
-    def names_of(split: str, labels: torch.Tensor, samples: np.ndarray) -> list[str]:
-        return [classes.names[int(labels[place])] for place in np.searchsorted(data.samples[split], samples)]
-
-    near_names = np.array(names_of("train", classes.train, near.reshape(-1)), object).reshape(near.shape)
-    return Neighbours(
-        images_of("validation", queries),
-        names_of("validation", classes.validation, queries),
-        images_of("train", near.reshape(-1)).reshape(*near.shape, *data.image_size, 3),
-        near_names.tolist(),
-    )
+    images, names = images_and_names("validation", classes.validation, queries)
+    near_images, near_names = images_and_names("train", classes.train, near.reshape(-1))
+    near_images = near_images.reshape(*near.shape, *images.shape[1:])
+    return Neighbours(images, names.tolist(), near_images, near_names.reshape(near.shape).tolist())
 
 
 def _log_pictures(paths: list[Path], folder: Path, step: int) -> None:
@@ -102,11 +79,8 @@ def log_scalars(folder: Path, step: int, results: Results) -> None:
     for name in ("trained", "random", "pixels"):
         with contextlib.closing(SummaryWriter(str(folder / "tensorboard" / name))) as writer:
             for task in results.tasks:
-                values = [task.value] if name == "trained" else task.baselines[name]["values"]
                 tag = f"evaluation/{task.task}/{task.label}"
-                writer.add_scalar(tag, statistics.mean(values), step)
-                if "mean_absolute_error" in task.extra:
-                    found = task.extra if name == "trained" else task.baselines[name]
-                    errors = found["mean_absolute_error"]
-                    errors = errors if isinstance(errors, list) else [errors]
+                writer.add_scalar(tag, task.value if name == "trained" else task.baseline(name)[0], step)
+                if (error := task.extra.get("mean_absolute_error")) is not None:
+                    errors = [error] if name == "trained" else task.baselines[name]["mean_absolute_error"]
                     writer.add_scalar(f"{tag}/mean_absolute_error", statistics.mean(errors), step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,12 @@ from ijepa_ds.distributed import Process
 from ijepa_ds.evaluation import plots
 from ijepa_ds.evaluation.data import LabelledData
 from ijepa_ds.evaluation.illustrations import illustrate
-from ijepa_ds.evaluation.results import Results, TaskResult
+from ijepa_ds.evaluation.results import Baseline, Results, TaskResult
 from ijepa_ds.evaluation.setting import Setting
 
 
 @pytest.fixture(scope="module")
-def setting(make_beton, tmp_path_factory) -> Setting:
+def setting(make_beton: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Setting:
     labels = {"label": [k % 3 for k in range(12)]}
     path = make_beton(tmp_path_factory.mktemp("pictures") / "a.beton", 12, (16, 16), labels, write_mode="raw")
     process = Process(0, 1, torch.device("cpu"))
@@ -25,17 +27,23 @@ def setting(make_beton, tmp_path_factory) -> Setting:
     return Setting(data=data, process=process, seed=0)
 
 
+def task(name: str, label: str, **more: Any) -> TaskResult:
+    baselines: dict[str, Baseline] = {name: {"values": [30.0]} for name in ("random", "pixels")}
+    sizes = {"train_images": 6, "validation_images": 12}
+    return TaskResult(task=name, label=label, value=40.0, grid=[], best_head={}, baselines=baselines, **sizes, **more)
+
+
 def results() -> Results:
-    baselines = {name: {"values": [30.0], "grids": []} for name in ("random", "pixels")}
-    found = [{"query": query, "train": [2, 6, 10, 0, 4, 8]} for query in (0, 5, 5)]
-    knn = TaskResult("knn", "label", "accuracy", "%", 40.0, {}, [], baselines, extra={"neighbours": found})
+    nearest = [{"query": query, "train": [2, 6, 10, 0, 4, 8]} for query in (0, 5, 5)]
     pairs = {"true_values": [1.0, 2.0], "predicted_values": [1.5, 1.5]}
-    confusion = [[1, 0], [1, 1]]
-    depth = TaskResult("depth", "depth", "accuracy", "%", 40.0, {}, [], baselines, extra=pairs, confusion=confusion)
-    return Results("a run", "target", None, {}, {}, {}, [knn, depth])
+    tasks = [task("knn", "label", extra={"neighbours": nearest})]
+    tasks.append(task("depth", "depth", extra=pairs, confusion=[[1, 0], [1, 1]]))
+    return Results("a run", "target", None, {}, {}, {}, tasks)
 
 
-def test_neighbours_are_shown_with_their_images_and_classes(setting, tmp_path, monkeypatch, capsys):
+def test_neighbours_are_shown_with_their_images_and_classes(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     shown = []
     draw = plots.neighbours_figure
     monkeypatch.setattr(plots, "neighbours_figure", lambda one: shown.append(one) or draw(one))
@@ -51,8 +59,10 @@ def test_neighbours_are_shown_with_their_images_and_classes(setting, tmp_path, m
     assert list((tmp_path / "tensorboard" / "trained").iterdir())
 
 
-def test_a_picture_that_fails_is_a_line_and_the_others_are_drawn(setting, tmp_path, monkeypatch, capsys):
-    def fail(*_):
+def test_a_picture_that_fails_is_a_line_and_the_others_are_drawn(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
         raise ZeroDivisionError("no bins")
 
     monkeypatch.setattr(plots, "confusion_figure", fail)

@@ -2,56 +2,75 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from PIL import Image
 
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.plots import (
     Neighbours,
-    Regression,
+    bar_figure,
+    baseline_figure,
     confusion_figure,
     draw_results,
     grid_figure,
     neighbours_figure,
     regression_figure,
+    save,
 )
+from ijepa_ds.evaluation.results import Results, TaskResult
 
 
-def task_of(name: str = "linear", label: str = "count", **changes) -> dict:
+def task_of(name: str = "linear", label: str = "count", **changes: Any) -> TaskResult:
     grid = [
         {"features": features, "norm": norm, "lr": lr, "weight_decay": decay, "value": 50 + 10 * lr - 100 * decay}
         for features in ("last", "last4") for norm in ("none", "bn")
         for lr in (0.01, 0.05, 0.001) for decay in (0, 5e-4)
     ]  # fmt: skip
-    return {
-        "task": name, "label": label, "metric": "accuracy", "unit": "%", "value": 71.2, "grid": grid,
-        "baselines": {"random": {"values": [20.0, 24.0]}, "pixels": {"values": [31.5]}}, "extra": {},
+    whole = {
+        "train_images": 10, "validation_images": 20, "value": 71.2, "grid": grid, "best_head": {}, "extra": {},
+        "baselines": {"random": {"values": [20.0, 24.0]}, "pixels": {"values": [31.5]}},
         "confusion": [[8, 2, 0], [1, 9, 0], [0, 0, 0]],
-    } | changes  # fmt: skip
+    }  # fmt: skip
+    return TaskResult(task=name, label=label, **(whole | changes))
 
 
-def texts(axis) -> list[str]:
+def results_of(*tasks: TaskResult) -> Results:
+    return Results("runs/x at step 100", "target", None, {}, {}, {}, list(tasks))
+
+
+def pairs(true: np.ndarray, predicted: np.ndarray) -> TaskResult:
+    return task_of("depth", "depth", extra={"true_values": true.tolist(), "predicted_values": predicted.tolist()})
+
+
+def texts(axis: Axes) -> list[str]:
     return [text.get_text() for text in axis.texts]
 
 
-def test_every_picture_of_the_results_is_written(tmp_path):
+def test_every_picture_of_the_results_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = np.random.default_rng(0).integers(0, 255, (2, 7, 8, 8, 3), np.uint8)
-    tasks = [task_of(), task_of(), task_of("transfer", "../a b/ü"), task_of("knn", "label", grid=[], confusion=None)]
-    results = {"source": "runs/x at step 100", "tasks": tasks}
-    regression = Regression("depth", np.arange(10.0), np.arange(10.0) + 1)
-    neighbours = Neighbours(images[:, 0], [3, 4], images[:, 1:], [[3, 3, 4, 5, 6, 7]] * 2)
-    paths = draw_results(results, tmp_path / "new" / "plots", neighbours=neighbours, regression=regression)
+    predicted = {"true_values": list(range(10)), "predicted_values": list(range(1, 11))}
+    depth = task_of("logistic", "depth", grid=[], confusion=None, extra=predicted)
+    knn = task_of("knn", "label", grid=[], confusion=None)
+    results = results_of(task_of(), task_of(), task_of("transfer", "../a b/ü"), knn, depth)
+    neighbours = Neighbours(images[:, 0], ["3", "4"], images[:, 1:], [["3", "3", "4", "5", "6", "7"]] * 2)
+    paths = draw_results(results, tmp_path / "new" / "plots", neighbours=neighbours)
     names = sorted(path.name for path in paths)
     assert names == sorted(path.name for path in (tmp_path / "new" / "plots").iterdir()) and len(names) == 9
     assert "grid_linear_count.png" in names and "grid_linear_count_2.png" in names
-    assert "grid_transfer_.._a_b_ü.png" in names and "baselines.png" in names and "regression_depth.png" in names
+    assert "grid_transfer_.._a_b_ü.png" in names and "baselines.png" in names
+    assert "regression_depth_logistic.png" in names and "warning" not in capsys.readouterr().out
     for path in paths:
         with Image.open(path) as image:
             assert min(image.size) > 400 and np.asarray(image.convert("L")).std() > 10, path.name
 
 
-def test_the_grid_has_each_head_in_its_cell_and_outlines_the_best():
+def test_the_grid_has_each_head_in_its_cell_and_outlines_the_best() -> None:
     figure = grid_figure(task_of())
     axes = figure.axes[:4]
     assert [axis.get_title() for axis in axes] == ["last + bn", "last + none", "last4 + bn", "last4 + none"]
@@ -62,17 +81,18 @@ def test_the_grid_has_each_head_in_its_cell_and_outlines_the_best():
     assert [patch.get_xy() for patch in axes[0].patches] == [(-0.5, 1.5)] and "50.50" in texts(axes[0])
 
 
-def test_a_grid_with_holes_and_diverged_heads_is_drawn():
+def test_a_grid_with_holes_and_diverged_heads_is_drawn() -> None:
     grid = [
-        {"lr": 0.1, "weight_decay": 0.1, "value": None},
-        {"lr": 0.1, "weight_decay": 0.2, "value": float("nan")},
-        {"lr": 0.2, "weight_decay": 0.2, "value": 40.0},
+        {"features": "last", "lr": 0.1, "weight_decay": 0.2, "value": float("nan")},
+        {"features": "last", "lr": 0.2, "weight_decay": 0.2, "value": 40.0},
+        {"features": "last", "lr": 0.2, "value": 30.0},
     ]
     axis = grid_figure(task_of(grid=grid)).axes[0]
-    assert axis.get_title() == "all heads" and texts(axis) == ["-", "-", "-", "40.00"]
+    assert axis.get_title() == "last" and texts(axis) == ["-", "-", "30.0", "40.0"]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["0", "0.2"]
 
 
-def test_confusion_is_in_percent_of_the_true_class():
+def test_confusion_is_in_percent_of_the_true_class() -> None:
     figure = confusion_figure(task_of(extra={"class_names": ["three", "four", "five"]}))
     axis = figure.axes[0]
     share = np.asarray(axis.images[0].get_array().filled(np.nan))
@@ -84,21 +104,37 @@ def test_confusion_is_in_percent_of_the_true_class():
     assert texts(many) == []
 
 
-@pytest.mark.parametrize("num_images", [50, 5000])
-def test_regression_says_its_error_and_shows_the_diagonal(num_images):
+def test_regression_says_its_error_and_shows_the_diagonal() -> None:
     draw = np.random.default_rng(0)
-    true = draw.uniform(5, 13, num_images)
-    predicted = true + draw.choice([-0.5, 0.5], num_images)
+    true = draw.uniform(5, 13, 50)
+    predicted = true + draw.choice([-0.5, 0.5], 50)
     predicted[0] = np.nan
-    axis = regression_figure(Regression("depth", true, predicted)).axes[0]
-    assert axis.get_title() == f"depth: mean absolute error 0.5, {num_images - 1:,} images"
-    line = axis.lines[0].get_xydata()
+    axis = regression_figure(pairs(true, predicted)).axes[0]
+    assert axis.get_title() == "depth: mean absolute error 0.5, 49 images"
+    line = np.asarray(axis.lines[0].get_xydata())
     assert (line[:, 0] == line[:, 1]).all() and axis.get_xlim() == axis.get_ylim() == tuple(line[:, 0])
-    assert "nothing" in regression_figure(Regression("depth", [np.nan], [1.0])).axes[0].get_title()
-    regression_figure(Regression("depth", [2.0], [2.0]))
+    alone = regression_figure(pairs(np.array([2.0]), np.array([2.0]))).axes[0]
+    assert alone.get_xlim() == (1.5, 2.5)
 
 
-def test_neighbours_stand_beside_their_query():
+def test_bars_of_random_encoders_have_their_deviation() -> None:
+    axis = baseline_figure(results_of(task_of(), task_of("knn", "label"))).axes[0]
+    containers = [container for container in axis.containers if isinstance(container, BarContainer)]
+    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in containers}
+    assert heights == {"this encoder": [71.2] * 2, "random encoder": [22.0] * 2, "raw pixels": [31.5] * 2}
+    (errors,) = [bars.errorbar for bars in containers if bars.errorbar is not None]
+    ends = np.array([segment[:, 1] for segment in errors.lines[2][0].get_segments()])
+    np.testing.assert_allclose(ends, [[22 - 8**0.5, 22 + 8**0.5]] * 2)
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["linear\ncount", "knn"]
+
+
+def test_a_bar_that_is_missing_has_no_number() -> None:
+    axis = bar_figure(["a", "b"], {"x": [1.25, None], "y": [3.0, 4.0]}, [], unit="%", title="long " * 30).axes[0]
+    assert [text for text in texts(axis) if text] == ["1.2", "3.0", "4.0"]
+    assert axis.get_title().startswith("…") and len(axis.get_title()) < 90
+
+
+def test_neighbours_stand_beside_their_query() -> None:
     images = np.arange(2 * 3 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 4, 3)
     figure = neighbours_figure(
         Neighbours(images[:, 0], ["cat", "dog"], images[:, 1:], [["cat", "dog"], ["dog", "ant"]])
@@ -110,7 +146,9 @@ def test_neighbours_stand_beside_their_query():
     assert [axis.get_title() for axis in rows[0]] == ["query", "nearest 1", "nearest 2"]
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*baselines.png|cannot write .*grid"):
-        draw_results({"source": "", "tasks": [task_of()]}, tmp_path / "file")
+    with pytest.raises(UserError, match=r"cannot write .*baselines.png"):
+        save(baseline_figure(results_of(task_of())), tmp_path / "file" / "baselines.png")
+    assert draw_results(results_of(task_of()), tmp_path / "file", neighbours=None) == []
+    assert capsys.readouterr().out.count("is missing: cannot write") == 3

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.candidates import Encoder, small_pixels
 from ijepa_ds.evaluation.labels import Classes, confusion_matrix
 from ijepa_ds.evaluation.results import (
     Measurement,
@@ -22,44 +25,64 @@ from ijepa_ds.evaluation.results import (
     read_results,
 )
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "results"
 
-def encoder(name: str, seed: int = 0) -> Encoder:
-    return Encoder(name, seed, 3, {}, small_pixels)
+
+@dataclass(frozen=True)
+class Candidate:
+    name: str
 
 
 def measurement(*values: float, error: float = 1.0, names: tuple[str, ...] = ("last", "last4")) -> Measurement:
     grid = [{"features": name, "lr": 0.1, "value": value} for name, value in zip(names, values, strict=True)]
     extra = {"mean_absolute_error": error, "batch": 5}
-    return Measurement("depth", "depth", grid, 10, 5, 1.5, extra=extra, compared=("mean_absolute_error",))
+    return Measurement(
+        task="depth",
+        label="depth",
+        grid=grid,
+        train_images=10,
+        validation_images=5,
+        seconds=1.5,
+        extra=extra,
+        compared=("mean_absolute_error",),
+    )
 
 
-def everything() -> list[tuple[Encoder, list[Measurement]]]:
+def everything() -> list[tuple[Candidate, list[Measurement]]]:
     return [
-        (encoder("trained"), [measurement(50.0, 60.0)]),
-        (encoder("random", 0), [measurement(30.0, 40.0, error=2.0)]),
-        (encoder("random", 1), [measurement(34.0, 36.0, error=3.0)]),
-        (encoder("pixels"), [measurement(20.0, names=("pixels",))]),
+        (Candidate("trained"), [measurement(50.0, 60.0)]),
+        (Candidate("random"), [measurement(30.0, 40.0, error=2.0)]),
+        (Candidate("random"), [measurement(34.0, 36.0, error=3.0)]),
+        (Candidate("pixels"), [measurement(20.0, names=("pixels",))]),
     ]
 
 
-def test_the_best_head_is_reported_for_the_baselines_too():
+def results(**changes: Any) -> Results:
+    whole = Results("a run", "target", None, {"torch": "2"}, {"a": [1]}, {"task": ["depth"]}, combine(everything()))
+    return dataclasses.replace(whole, **changes)
+
+
+def test_the_best_head_is_reported_for_the_baselines_too() -> None:
     (result,) = combine(everything())
     assert result.value == 60.0 and result.best_head == {"features": "last4", "lr": 0.1}
-    assert result.baselines["random"]["values"] == [40.0, 36.0] and random_values(result, "last") == [30.0, 34.0]
-    assert result.baselines["random"]["mean_absolute_error"] == [2.0, 3.0] and "batch" not in result.baselines["random"]
-    assert result.baselines["pixels"]["values"] == [20.0] and result.extra["batch"] == 5
-    assert best_of(result.grid, "last")["value"] == 50.0 and best_of(result.grid, "none") is None
+    assert (result.task, result.train_images, result.seconds, result.unit) == ("depth", 10, 1.5, "%")
+    random, pixels = result.baselines["random"], result.baselines["pixels"]
+    assert random["values"] == [40.0, 36.0] and random_values(result, "last") == [30.0, 34.0]
+    assert random["mean_absolute_error"] == [2.0, 3.0] and "batch" not in random
+    assert pixels["values"] == [20.0] and result.extra["batch"] == 5
+    assert result.baseline("random") == (38.0, pytest.approx(8**0.5)) and result.baseline("pixels") == (20.0, None)
+    assert best_of(result.grid, "last")["value"] == 50.0
     points, deviations = margin(50.0, [30.0, 34.0])
     assert points == 18.0 and deviations == pytest.approx(18 / 8**0.5) and margin(50.0, [30.0]) == (20.0, None)
 
 
 @pytest.mark.parametrize("missing", ["random", "pixels"])
-def test_a_result_without_a_baseline_is_none(missing):
+def test_a_result_without_a_baseline_is_none(missing: str) -> None:
     with pytest.raises(AssertionError, match=f"has no baseline '{missing}'"):
-        combine([(one, found) for one, found in everything() if one.name != missing])
+        combine([(candidate, measured) for candidate, measured in everything() if candidate.name != missing])
 
 
-def test_the_table_has_a_row_for_each_kind_of_features():
+def test_the_table_has_a_row_for_each_kind_of_features() -> None:
     table, notes = format_table(combine(everything())).strip().split("\n\n")
     lines = table.splitlines()[1:]
     assert "* is reported" in notes and "random: mean" in notes and "draws" not in notes
@@ -70,43 +93,77 @@ def test_the_table_has_a_row_for_each_kind_of_features():
     assert "+20.0 points  " in format_table(single) and "±" not in format_table(single)
 
 
-def test_what_was_measured_over_draws_is_a_mean_with_its_deviation():
-    found = everything()
-    for _, (one,) in found:
-        one.grid[0] |= {"method": "logistic", "values": [1.0, 2.0], "deviation": 1.25}
-    (result,) = combine(found)
+def test_what_was_measured_over_draws_is_a_mean_with_its_deviation() -> None:
+    measured = everything()
+    for _, (depth,) in measured:
+        depth.grid[0] |= {"method": "logistic", "values": [1.0, 2.0], "deviation": 1.25}
+    (result,) = combine(measured)
     lines = format_table([result]).splitlines()
     assert "50.00 ± 1.25 %" in lines[2] and lines[2].endswith("lr 0.1 method logistic")
     assert lines[-1].startswith("lowshot, trained: mean ± deviation over the draws")
     assert len({line.index("%") for line in lines[2:4]}) == 1, "columns are in line"
 
 
-def test_the_file_gives_back_what_was_written(tmp_path):
-    results = Results("a run", "target", None, {"torch": "2"}, {"a": [1]}, {"task": ["depth"]}, combine(everything()))
+def test_the_file_gives_back_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "results.json"
-    results.write(path)
-    assert read_results(path) == results and json.loads(path.read_text())["schema"] == 1
+    results().write(path)
+    saved = json.loads(path.read_text())
+    assert read_results(path) == results() and saved["schema"] == 1
+    assert set(saved["tasks"][0]) == {
+        *("task", "label", "metric", "unit", "value", "best_head", "grid", "baselines", "extra", "confusion"),
+        *("train_images", "validation_images", "seconds", "images_per_second"),
+    }
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+    path.write_text(json.dumps({**saved, "written_by": "another version"}))
+    assert read_results(path) == results()
 
 
-def test_files_of_another_kind_are_refused_in_one_sentence(tmp_path):
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*seed*.json")), ids=lambda path: path.stem)
+def test_older_files_are_read(path: Path) -> None:
+    saved = json.loads(path.read_text())
+    read = read_results(path)
+    assert [(task.task, task.value) for task in read.tasks] == [(t["task"], t["value"]) for t in saved["tasks"]]
+    assert dataclasses.asdict(read) == saved and len(format_table(read.tasks).splitlines()) > len(read.tasks)
+
+
+TASK = dataclasses.asdict(results().tasks[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "Invalid JSON"),
+        ("\xff\xfe\x00", "Invalid JSON"),
+        ("[]", "Input should be an object"),
+        ({"schema": 7, "tasks": 3}, "schema: Input should be 1"),
+        ({"tasks": []}, "tasks: List should have at least 1 item"),
+        ({"tasks": [3]}, "tasks.0: Input should be an object"),
+        ({"tasks": [{**TASK, "value": "60"}]}, "tasks.0.value: Input should be a valid number"),
+        ({"tasks": [{**TASK, "value": True}]}, "tasks.0.value: Input should be a valid number"),
+        ({"tasks": [{key: TASK[key] for key in TASK if key != "label"}]}, "tasks.0.label: Field required"),
+        ({"tasks": [{**TASK, "baselines": None}]}, "tasks.0.baselines: Input should be an object"),
+        ({"tasks": [{**TASK, "baselines": {"random": [3.0]}}]}, "tasks.0.baselines.random: Input should be an object"),
+        ({"options": [3]}, "options: Input should be an object"),
+    ],
+)
+def test_files_of_another_kind_are_refused_in_one_sentence(
+    tmp_path: Path, content: str | dict[str, Any], reason: str
+) -> None:
     path = tmp_path / "results.json"
-    results = dataclasses.asdict(Results("a run", "target", None, {}, {}, {}, []))
-    for content, said in (
-        ("{", "is not the results"),
-        ("[]", "is not the results"),
-        (json.dumps({**results, "schema": 7}), "has schema 7, this version reads 1"),
-        (json.dumps({**results, "scores": []}), "is not the results"),
-        (json.dumps({**results, "tasks": [{"task": "knn"}]}), "is not the results"),
-    ):
-        path.write_text(content)
-        with pytest.raises(UserError, match=said):
-            read_results(path)
-    with pytest.raises(UserError, match="python -m ijepa_ds evaluate"):
+    whole = dataclasses.asdict(results())
+    path.write_text(content if isinstance(content, str) else json.dumps(whole | content), encoding="latin-1")
+    sentence = rf"results.json is not the results of an evaluation \({reason}.*make it with: python -m ijepa_ds evalua"
+    with pytest.raises(UserError, match=sentence) as error:
+        read_results(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}/none.json .*No such file.*python -m ijepa_ds"):
         read_results(tmp_path / "none.json")
 
 
-def test_confusion_counts_images_by_true_class_then_prediction():
+def test_confusion_counts_images_by_true_class_then_prediction() -> None:
     classes = Classes(torch.tensor([0, 1]), torch.tensor([0, 0, 1, 1, 1]), ["a", "b"])
     assert confusion_matrix(classes, torch.tensor([0, 1, 1, 1, 0])) == [[1, 1], [1, 2]]
     many = Classes(classes.train, classes.validation, [str(k) for k in range(101)])
