@@ -124,8 +124,7 @@ def build_loader(config: Config, dataset: Dataset, sampler: MaskSampler, reader:
 
 def schedules_of(config: Config, steps_per_epoch: int) -> Schedules:
     """The schedules of a config in steps."""
-    recipe = dataclasses.asdict(config.ijepa.optimization)
-    del recipe["betas"], recipe["eps"]
+    recipe = config.ijepa.optimization.model_dump(exclude={"betas", "eps"})
     return build_schedules(steps_per_epoch=steps_per_epoch, **recipe)
 
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "ijepa_ds"
 
-GROUND = "__init__ errors files progress random_streams distributed hardware"
+GROUND = "__init__ errors files progress validation random_streams distributed hardware process_group"
 # A wing (a folder) or a file of the top level -> what it may import beside itself and the ground.
 MAY_IMPORT = {
     "method": "",
@@ -76,7 +76,7 @@ def test_a_file_imports_only_what_its_wing_may(module):
     own = wing(module)
     allowed = {own, *GROUND.split(), *MAY_IMPORT.get(own, "").split()}
     if own in GROUND.split():
-        allowed = {"__init__", "errors", "files", "progress"}
+        allowed = {"__init__", "errors", "files", "progress", "validation"}
     for other in our_imports(MODULES[module]):
         assert other in MODULES, f"{module} imports {other}, which does not exist"
         assert wing(other) in allowed, f"{module} imports {other}: {own} may import {', '.join(sorted(allowed))}"
@@ -101,7 +101,7 @@ def test_deepspeed_and_ffcv_are_imported_in_few_files(library, homes):
     assert users == homes
 
 
-def test_only_the_standard_library_is_needed_to_check_a_config():
-    for module in ("config", "errors"):
+def test_only_the_standard_library_and_pydantic_are_needed_to_check_a_config():
+    for module in ("config", "errors", "validation"):
         outside = {name.partition(".")[0] for name in imported(MODULES[module])} - {PACKAGE}
-        assert outside <= sys.stdlib_module_names
+        assert outside <= {*sys.stdlib_module_names, "pydantic", "pydantic_core"}

@@ -6,7 +6,6 @@ Shapes: N patches (rows x columns of the grid), K context tokens, M target block
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -44,8 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--images = {options.images} must be at least 1")
     config = load_config(options.config, options.set)
     if options.sampler:
-        masks = dataclasses.replace(config.ijepa.masks, sampler=options.sampler)
-        config = dataclasses.replace(config, ijepa=dataclasses.replace(config.ijepa, masks=masks))
+        config = config.changed("masks", sampler=options.sampler)
     sampler = build_sampler(config)
     statistics = mask_statistics(sampler, options.images)
     if isinstance(sampler, ReferenceSampler):

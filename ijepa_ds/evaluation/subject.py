@@ -121,8 +121,7 @@ def _resized(config: Config, image_size: int) -> Config:
     patch = config.ijepa.model.patch_size
     if image_size < patch or image_size % patch:
         raise UserError(f"--image-size {image_size} must be a multiple of the encoder's patches of {patch} pixels")
-    data = dataclasses.replace(config.ijepa.data, image_size=(image_size, image_size))
-    return dataclasses.replace(config, ijepa=dataclasses.replace(config.ijepa, data=data))
+    return config.changed("data", image_size=(image_size, image_size))
 
 
 def _natural(name: str) -> list:

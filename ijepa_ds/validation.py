@@ -1,0 +1,131 @@
+"""Values that others wrote, checked by pydantic models: every problem at once, each in this project's words."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import typing
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+# pydantic's types of errors -> what is said of a value; in braces, what pydantic tells with the error.
+_COMPLAINTS = {
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a string",
+    "list_type": "must be a list",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "multiple_of": "must be a multiple of {multiple_of}",
+    "value_error": "{error}",
+}
+_JSON_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Checked(BaseModel):
+    """Values of exactly their kind: no text for a number, no number for a switch, nothing unknown.
+
+    A section that is left out is checked as an empty one, so that everything it lacks is named.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+    unknown: ClassVar[str] = "is not a setting"  # said of a key that the model does not have
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_sections(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        needed = (
+            name for name, field in cls.model_fields.items() if field.is_required() and section_of(field.annotation)
+        )
+        return {**{name: {} for name in needed}, **raw}
+
+
+def check(model: type[Model], raw: object, prefix: str = "") -> tuple[Model | None, list[str]]:
+    """Return what ``raw`` holds and no problems, or None and all problems; ``prefix`` stands before each key."""
+    try:
+        return model.model_validate(raw), []
+    except ValidationError as error:
+        return None, [_problem(model, detail, prefix) for detail in error.errors(include_url=False)]
+
+
+def must(fits: Callable[[Any], bool], complaint: str) -> AfterValidator:
+    """Annotate a type whose values must also pass ``fits``; ``complaint`` follows the key and the value."""
+
+    def validate(value: Any) -> Any:
+        if not fits(value):
+            raise ValueError(complaint)
+        return value
+
+    return AfterValidator(validate)
+
+
+def _as_tuple(length: int) -> BeforeValidator:
+    def convert(value: Any) -> Any:
+        if not isinstance(value, list | tuple) or len(value) != length:
+            raise ValueError(f"must be a list of {length} numbers")
+        return tuple(value)
+
+    return BeforeValidator(convert)
+
+
+def _twice(value: Any) -> Any:
+    return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Count = Annotated[int, Field(ge=1)]
+Pair = Annotated[tuple[T, T], _as_tuple(2)]
+Triple = Annotated[tuple[T, T, T], _as_tuple(3)]
+Bounds = Annotated[Pair[T], must(lambda pair: pair[0] <= pair[1], "must be given as [smallest, largest]")]
+Side = Annotated[int, Field(ge=4, le=4096)]
+ImageSize = Annotated[Pair[Side], BeforeValidator(_twice, json_schema_input_type=Side | Pair[Side])]
+
+
+def section_of(annotation: Any) -> type[Checked] | None:
+    """The model that a field of this type holds, if it holds one."""
+    is_class = isinstance(annotation, type) and typing.get_origin(annotation) is None
+    return annotation if is_class and issubclass(annotation, Checked) else None
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """What may have been meant by an unknown name: the nearest valid one, or all where none is near."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(valid)}"
+
+
+def json_kind(value: Any) -> str:
+    """The kind of a value of JSON, with its article."""
+    return _JSON_KINDS.get(type(value), "a number")
+
+
+def _problem(model: type[BaseModel], detail: ErrorDetails, prefix: str) -> str:
+    """One problem as a line: the key, the value and what it must be."""
+    location, kind, value, context = detail["loc"], detail["type"], detail["input"], detail.get("ctx", {})
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in (*prefix.split("."), *location))
+    key = key.lstrip(".")
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "extra_forbidden":
+        for part in location[:-1]:
+            model = section_of(model.model_fields[str(part)].annotation) or model
+        unknown = getattr(model, "unknown", Checked.unknown)
+        return f"{key} {unknown}{nearest(str(location[-1]), model.model_fields)}"
+    if kind in ("model_type", "dict_type"):
+        return f"{key} must be an object, not {json_kind(value)}"
+    if kind == "literal_error":
+        choices = re.findall("'(.*?)'", context["expected"]) or [context["expected"]]
+        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+        complaint = f"must be one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
+    else:
+        complaint = _COMPLAINTS.get(kind, detail["msg"].replace("Input should", "must")).format(**context)
+    return f"{key} = {json.dumps(value, default=repr)} {complaint}"
