@@ -7,7 +7,8 @@ import dataclasses
 import torch
 
 from ijepa_ds.config import Config
-from ijepa_ds.data.pretraining_loader import Dataset, PretrainingLoader
+from ijepa_ds.data.beton import Dataset
+from ijepa_ds.data.pretraining_loader import PretrainingLoader
 from ijepa_ds.distributed import Process, leave_to_main_process
 from ijepa_ds.errors import UserError
 from ijepa_ds.method.encoder import Dimensions, VisionTransformer, dimensions_of, set_attention
@@ -105,11 +106,9 @@ def build_loader(config: Config, dataset: Dataset, sampler: MaskSampler, process
         image_size=data.image_size,
         crop_scale=data.crop_scale,
         crop_ratio=data.crop_ratio,
-        seed=config.ijepa.run.seed,
         global_batch=config.global_batch,
         micro_batch=config.micro_batch,
-        rank=process.rank,
-        world_size=process.world_size,
+        share=(process.rank, process.world_size),
         num_workers=data.workers,
     )
 

@@ -25,7 +25,8 @@ from ijepa_ds.build import (
     working_dtype,
 )
 from ijepa_ds.config import Config, load_config
-from ijepa_ds.data.pretraining_loader import Batch, Dataset, PretrainingLoader, inspect_dataset
+from ijepa_ds.data.beton import Dataset, inspect_dataset
+from ijepa_ds.data.pretraining_loader import Batch, PretrainingLoader
 from ijepa_ds.distributed import Process, from_main, leave_to_main_process, mean_over_ranks, on_any_rank
 from ijepa_ds.engine.checkpoint import load_checkpoint, save_checkpoint
 from ijepa_ds.engine.target_encoder import TargetEncoder
@@ -160,7 +161,8 @@ class Run:
             if _due(step, monitor.picture_steps, last) or (monitor.picture_steps and step == 1):
                 self._draw(step)
             if self.probe.due(step, self.loader.steps_per_epoch, last):
-                self.monitor.scalars(step, self.probe.accuracy(self.target_encoder, self.to_input))
+                accuracy = self.probe.accuracy(lambda images: self.target_encoder.features(self.to_input(images)))
+                self.monitor.scalars(step, accuracy)
             stop, save = on_any_rank([self.stop.requested is not None, self._checkpoint_due(step)], self.process)
             if (save or stop) and not last:
                 self._save(step)

@@ -45,7 +45,7 @@ def digest_of_batches() -> str:
     """Of the images and masks that go in: tells a changed loader from a changed model."""
     from ijepa_ds.build import build_loader, build_sampler
     from ijepa_ds.config import parse_config
-    from ijepa_ds.data.pretraining_loader import inspect_dataset
+    from ijepa_ds.data.beton import inspect_dataset
     from ijepa_ds.distributed import Process
 
     config = parse_config(golden_config("digest"))
