@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from ijepa_ds.build import build_encoder  # noqa: E402
 from ijepa_ds.config import parse_config  # noqa: E402
 from ijepa_ds.data.beton import inspect_dataset  # noqa: E402
-from ijepa_ds.data.image_loader import AugmentedLoader, EvaluationLoader  # noqa: E402
+from ijepa_ds.data.image_loader import ImageLoader  # noqa: E402
 from ijepa_ds.distributed import Process, share_cpu_threads  # noqa: E402
 from ijepa_ds.evaluation.candidates import Encoder, pooled_features  # noqa: E402
 from ijepa_ds.evaluation.features import extract_features  # noqa: E402
@@ -59,13 +59,13 @@ def main() -> None:
             "batch_size": options.micro_batch,
             "num_workers": options.workers,
         }
-        loader = EvaluationLoader(dataset, crop_share=0.875, label_fields=(), **shared)
+        loader = ImageLoader(dataset, crop_share=0.875, **shared)
         bare, extraction = in_turns(
             options.repeats,
             lambda: bare_forward(encoder, options, len(samples), device),
             lambda: extract_features(encoder.forward, loader, samples, process),
         )
-        augmented = AugmentedFeatures(encoder, AugmentedLoader(dataset, seed=0, **shared), samples, device)
+        augmented = AugmentedFeatures(encoder, ImageLoader(dataset, augment=True, seed=0, **shared), samples, device)
         one, all_heads = in_turns(
             options.repeats,
             lambda: epoch(augmented, encoder, options, process, num_heads=1),

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 
 from ijepa_ds.config import Config
-from ijepa_ds.data.pretraining_loader import Dataset, PretrainingLoader
+from ijepa_ds.data.beton import Dataset
+from ijepa_ds.data.pretraining_loader import PretrainingLoader
 from ijepa_ds.distributed import Process, leave_to_main_process
 from ijepa_ds.errors import UserError
 from ijepa_ds.method.encoder import Dimensions, VisionTransformer, dimensions_of, set_attention
@@ -113,11 +114,9 @@ def build_loader(config: Config, dataset: Dataset, sampler: MaskSampler, reader:
         image_size=data.image_size,
         crop_scale=data.crop_scale,
         crop_ratio=data.crop_ratio,
-        seed=config.ijepa.run.seed,
         global_batch=config.global_batch,
         micro_batch=config.micro_batch,
-        rank=reader.data_rank,
-        world_size=reader.data_ranks,
+        share=(reader.data_rank, reader.data_ranks),
         num_workers=data.workers,
     )
 

@@ -19,6 +19,7 @@ class Progress:
         what: in which unit, plural ("images").
         name: of the work, where several go on one after the other ("features of train").
         enabled: false on every process but the main one: nothing is written.
+        after: the work before this one: many short works one after the other have a line every five seconds, too.
         clock: seconds, for tests.
     """
 
@@ -29,11 +30,13 @@ class Progress:
         what: str = "images",
         name: str = "",
         enabled: bool = True,
+        after: Progress | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total, self.what, self.name, self.enabled = total, what, name, enabled
         self._clock, self._tty = clock, sys.stderr.isatty()
-        self._began = self._shown = clock()
+        self._began = clock()
+        self._shown = self._began if after is None else after._shown
         self._paused = 0.0
         self._written = False
 

@@ -48,12 +48,11 @@ def digest_of_batches() -> str:
 
     from ijepa_ds.build import build_loader, build_sampler
     from ijepa_ds.config import parse_config
-    from ijepa_ds.data.pretraining_loader import inspect_dataset
+    from ijepa_ds.data.beton import inspect_dataset
 
     config = parse_config(golden_config("digest"))
-    loader = build_loader(
-        config, inspect_dataset(scenes_beton()), build_sampler(config), SimpleNamespace(data_rank=0, data_ranks=1)
-    )
+    only = SimpleNamespace(data_rank=0, data_ranks=1)
+    loader = build_loader(config, inspect_dataset(scenes_beton()), build_sampler(config), only)
     digest = hashlib.sha256()
     for batches in loader.from_step(0, STEPS):
         for batch in batches:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -11,15 +11,17 @@ import torch
 class Copied(Protocol):
     """A tensor, or what behaves like one here."""
 
-    def to(self, device: torch.device, *, non_blocking: bool) -> Any: ...
+    def to(self, device: torch.device, *, non_blocking: bool) -> Any:
+        """A copy on ``device``."""
 
-    def record_stream(self, stream: torch.cuda.Stream) -> None: ...
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory until ``stream`` has used it."""
 
 
 Item = TypeVar("Item", bound=Copied)
 
 
-def on_device(batches: Iterator[Item], device: torch.device) -> Iterator[Item]:
+def on_device(batches: Iterator[Item], device: torch.device) -> Generator[Item, None, None]:
     """The batches on ``device``; on a GPU each is copied by a stream of its own while the one before is used."""
     if device.type != "cuda":
         yield from batches

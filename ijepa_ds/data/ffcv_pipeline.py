@@ -7,18 +7,17 @@ same pixels arrive for any world size, micro-batch, worker count, and after a re
 
 from __future__ import annotations
 
+import functools
 import queue
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import numba
 import numpy as np
 import torch
-from ffcv.fields import IntField
-from ffcv.fields.decoders import FloatDecoder, IntDecoder
 from ffcv.libffcv import imdecode, resize_crop
 from ffcv.loader import Loader as FFCVLoader
 from ffcv.loader.epoch_iterator import EpochIterator
@@ -26,12 +25,13 @@ from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.pipeline_spec import PipelineSpec
+from ffcv.pipeline.state import State
 from ffcv.reader import Reader
 from ffcv.traversal_order.base import TraversalOrder
 
 from ijepa_ds.data.beton import Dataset
 from ijepa_ds.data.crops import is_flipped, mirror
-from ijepa_ds.errors import UserError
+from ijepa_ds.errors import UserError, some
 from ijepa_ds.method import masks
 from ijepa_ds.random_streams import CROP, stream
 
@@ -41,18 +41,16 @@ _STALL_SECONDS = 1.0  # how often a waiting consumer looks whether the loading t
 _BATCHES_AHEAD = 3
 
 
+@functools.cache
 def _hide_finalizers_of_numba() -> None:
     """numba reports a harmless KeyError when a compiled pipeline is collected; nobody should have to read it."""
     report = sys.unraisablehook
 
-    def hook(unraisable) -> None:
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
         if not (unraisable.exc_type is KeyError and isinstance(unraisable.object, weakref.finalize)):
             report(unraisable)
 
     sys.unraisablehook = hook
-
-
-_hide_finalizers_of_numba()
 
 
 class DecodeError(UserError):
@@ -66,19 +64,30 @@ class LoaderError(RuntimeError):
 class DecodeCrop(Operation):
     """Decode, crop, resize. Gives the images and, beside them, each decoder's return code, which stock FFCV ignores."""
 
-    def __init__(self, image_size: tuple[int, int], crop, *, seed: int, scale, ratio, flip: bool = False):
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        crop: Callable,  # one of ijepa_ds.data.crops
+        *,
+        seed: int,
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        flip: bool = False,
+    ) -> None:
         super().__init__()
         self.flip = flip  # mirror every other image, by chance
         self.image_size, self.crop, self.seed = image_size, crop, np.uint64(seed)
         self.scale, self.ratio = (float(scale[0]), float(scale[1])), (float(ratio[0]), float(ratio[1]))
 
-    def declare_state_and_memory(self, previous_state):
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, ...]]:
+        """Three buffers for each image of a batch: its pixels, scratch for the whole image, the return code."""
         pixels = int(self.metadata["height"].max()) * int(self.metadata["width"].max()) * 3
         shape, byte = (*self.image_size, 3), np.dtype("u1")
         allocation = (AllocationQuery(shape, byte), AllocationQuery((pixels,), byte), AllocationQuery((1,), byte))
         return replace(previous_state, jit_mode=True, shape=shape, dtype=byte), allocation
 
-    def generate_code(self):
+    def generate_code(self) -> Callable:
+        """The function that FFCV compiles."""
         read, iterator = self.memory_read, Compiler.get_iterator()
         decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
         crop, seed, scale, ratio, flip = self.crop, self.seed, self.scale, self.ratio, self.flip
@@ -118,18 +127,20 @@ class DecodeCrop(Operation):
 class SampleMasks(Operation):
     """Masks drawn on the loader. A row holds: number of context tokens, the context tokens, M target blocks."""
 
-    def __init__(self, sampler: masks.MaskSampler):
+    def __init__(self, sampler: masks.MaskSampler) -> None:
         super().__init__()
         self.sampler = sampler
         self.target_room = sampler.max_target_tokens()
 
-    def declare_state_and_memory(self, previous_state):
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        """A row for each image of a batch."""
         row = 1 + self.sampler.context_room + self.sampler.num_targets * self.target_room
         return replace(previous_state, jit_mode=True, shape=(row,), dtype=np.dtype("i4")), AllocationQuery(
             (row,), np.dtype("i4")
         )
 
-    def generate_code(self):
+    def generate_code(self) -> Callable:
+        """The function that FFCV compiles."""
         iterator, sampler = Compiler.get_iterator(), self.sampler
         seed, room, num_targets, limit = (
             np.uint64(sampler.seed),
@@ -158,26 +169,30 @@ class SampleMasks(Operation):
 class ToTensors(Operation):
     """numpy to torch, for one array or a tuple of them; no copy."""
 
-    def generate_code(self):
+    def generate_code(self) -> Callable:
+        """The function that FFCV calls."""
+
         def to_tensors(arrays, _):
             return tuple(map(torch.from_numpy, arrays)) if isinstance(arrays, tuple) else torch.from_numpy(arrays)
 
         return to_tensors
 
-    def declare_state_and_memory(self, previous_state):
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
+        """No memory; not compiled."""
         return replace(previous_state, jit_mode=False), None
 
 
 class _KeyOrder(TraversalOrder):
     """Hands FFCV the numbers it is given. FFCV wants an instance that gives itself when called with the loader."""
 
-    def __init__(self, keys: np.ndarray):
+    def __init__(self, keys: np.ndarray) -> None:
         self.keys = keys
 
-    def __call__(self, loader):
+    def __call__(self, loader: FFCVLoader) -> _KeyOrder:
         return self
 
     def sample_order(self, epoch: int) -> np.ndarray:
+        """The same in every epoch."""
         return self.keys
 
 
@@ -187,12 +202,13 @@ class _Traversal(EpochIterator):
     error: BaseException | None = None
 
     def run(self) -> None:
+        """Load, and keep what ended it."""
         try:
             super().run()
         except BaseException as error:  # whatever ended the thread is raised again in the consumer
             self.error = error
 
-    def __next__(self):
+    def __next__(self) -> tuple:
         while True:
             try:
                 result = self.output_queue.get(timeout=_STALL_SECONDS)
@@ -212,7 +228,8 @@ class _Traversal(EpochIterator):
 class Pipeline:
     """An FFCV loader over given keys, in order. Compiling it takes seconds, so it's made once and traversed often."""
 
-    def __init__(self, dataset: Dataset, pipelines: dict, *, batch_size: int, num_workers: int):
+    def __init__(self, dataset: Dataset, pipelines: dict[str, PipelineSpec], *, batch_size: int, num_workers: int):
+        _hide_finalizers_of_numba()
         self.batch_size = batch_size
         self.num_workers = max(1, min(num_workers, numba.config.NUMBA_NUM_THREADS))
         reader = Reader(dataset.path)
@@ -244,7 +261,7 @@ class Pipeline:
 
 
 @contextmanager
-def _torch_threads_kept():
+def _torch_threads_kept() -> Iterator[None]:
     threads = torch.get_num_threads()
     try:
         yield
@@ -257,24 +274,15 @@ def image_spec(operation: Operation) -> PipelineSpec:
     return PipelineSpec("image", decoder=operation, transforms=[ToTensors()])
 
 
-def label_specs(dataset: Dataset, fields: Iterable[str]) -> dict[str, PipelineSpec]:
-    """Pipelines of the label fields, in the file's order, which is that of FFCV's outputs. Their decoders take the keys
-    for samples: only for keys whose time is 0."""
-    handlers = Reader(dataset.path).handlers
-    return {
-        name: PipelineSpec(
-            name,
-            decoder=IntDecoder() if isinstance(handlers[name], IntField) else FloatDecoder(),
-            transforms=[ToTensors()],
-        )
-        for name in handlers
-        if name in fields
-    }
+def keys(samples: np.ndarray, time: np.ndarray | int) -> np.ndarray:
+    """What FFCV is handed for each sample at a step or in an epoch: ``sample | time << 32``, uint64."""
+    return np.asarray(samples, np.uint64) | (np.asarray(time, np.uint64) << TIME_SHIFT)
 
 
 def refuse_failed(failed: torch.Tensor, samples: np.ndarray, path: str) -> None:
+    """Name the ``samples`` [B] whose decoding ``failed`` [B, 1], if any (:class:`DecodeError`)."""
     if failed.any():
-        bad = ", ".join(str(int(sample)) for sample in samples[failed.numpy()[:, 0] != 0][:8])
+        bad = some(map(int, samples[failed.numpy()[:, 0] != 0]))
         raise DecodeError(
             f"{path}: sample {bad} cannot be decoded; find all with: python data_prep/to_ffcv.py --verify {path}"
         )

@@ -13,46 +13,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ijepa_ds.data.beton import Dataset, inspect_dataset, integer_label_fields, read_labels
+from ijepa_ds.data.beton import Dataset
 from ijepa_ds.data.copy_ahead import on_device
-from ijepa_ds.data.crops import center_crop, random_crop
-from ijepa_ds.data.ffcv_pipeline import (
-    TIME_SHIFT,
-    DecodeCrop,
-    DecodeError,
-    LoaderError,
-    Pipeline,
-    SampleMasks,
-    image_spec,
-    refuse_failed,
-)
-from ijepa_ds.data.image_loader import EvaluationLoader
-from ijepa_ds.method import masks
+from ijepa_ds.data.crops import random_crop
+from ijepa_ds.data.ffcv_pipeline import DecodeCrop, Pipeline, SampleMasks, image_spec, keys, refuse_failed
+from ijepa_ds.method.masks import MaskSampler
 from ijepa_ds.random_streams import permutation
-
-__all__ = [
-    "Batch",
-    "Dataset",
-    "DecodeError",
-    "EvaluationLoader",
-    "LoaderError",
-    "PretrainingLoader",
-    "center_crop",
-    "inspect_dataset",
-    "integer_label_fields",
-    "random_crop",
-    "read_labels",
-]
 
 
 @dataclass
 class Batch:
     """One micro-batch. The arrays live in the loader's ring of buffers: use them before the next batch is asked for."""
 
-    images: torch.Tensor  # uint8 [B, H, W, 3]
-    context_block: torch.Tensor  # int64 [B, K]
-    target_blocks: torch.Tensor  # int64 [M, B, T]
+    images: Tensor  # uint8 [B, H, W, 3]
+    context_block: Tensor  # int64 [B, K]
+    target_blocks: Tensor  # int64 [M, B, T]
     samples: np.ndarray  # int64 [B]
 
     def to(self, device: torch.device, *, non_blocking: bool = True) -> Batch:
@@ -74,33 +51,39 @@ class PretrainingLoader:
 
     A step's global batch is cut into micro-batches over accumulation, then ranks, so that its content is the same for
     any world size and micro-batch. Images that do not fill a global batch at the end of an epoch are left out.
+
+    Args:
+        dataset: the file.
+        sampler: of the masks; order and crops are drawn from its seed.
+        image_size: (rows, columns) in pixels of what is given out.
+        crop_scale: share of an image's area that a random crop has.
+        crop_ratio: width over height of a random crop.
+        global_batch: images of a step, over all processes.
+        micro_batch: images that are given out at once.
+        share: which share of a step this process reads: rank, number of ranks.
+        num_workers: loading threads.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        sampler: masks.MaskSampler,
+        sampler: MaskSampler,
         *,
         image_size: tuple[int, int],
         crop_scale: tuple[float, float],
         crop_ratio: tuple[float, float],
-        seed: int,
         global_batch: int,
         micro_batch: int,
-        rank: int = 0,
-        world_size: int = 1,
+        share: tuple[int, int] = (0, 1),
         num_workers: int = 1,
-    ):
-        self.dataset, self.sampler, self.seed = dataset, sampler, seed
+    ) -> None:
+        self.dataset, self.sampler, self.seed = dataset, sampler, sampler.seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size = share
         self.steps_per_epoch = dataset.num_samples // global_batch
-        self.micro_batches_per_step = global_batch // (micro_batch * world_size)
-        self._masks = SampleMasks(sampler)
-        pipelines = {
-            "image": image_spec(DecodeCrop(image_size, random_crop, seed=seed, scale=crop_scale, ratio=crop_ratio)),
-            "masks": image_spec(self._masks),
-        }
+        self.micro_batches_per_step = global_batch // (micro_batch * self.world_size)
+        decoder = DecodeCrop(image_size, random_crop, seed=sampler.seed, scale=crop_scale, ratio=crop_ratio)
+        pipelines = {"image": image_spec(decoder), "masks": image_spec(SampleMasks(sampler))}
         self.pipeline = Pipeline(dataset, pipelines, batch_size=micro_batch, num_workers=num_workers)
 
     def from_step(self, step: int, end: int, device: torch.device | str = "cpu") -> Iterator[Iterator[Batch]]:
@@ -125,8 +108,8 @@ class PretrainingLoader:
         shape = (last - first, self.micro_batches_per_step, self.world_size, self.micro_batch)
         slots = order[first * self.global_batch : last * self.global_batch].reshape(shape)
         steps = np.arange(epoch_start + first, epoch_start + last, dtype=np.uint64)
-        keys = slots.astype(np.uint64) | (steps << TIME_SHIFT)[:, None, None, None]
-        outputs = self.pipeline.traverse(np.ascontiguousarray(keys[:, :, self.rank]).reshape(-1))
+        mine = keys(slots[:, :, self.rank], steps[:, None, None])
+        outputs = self.pipeline.traverse(mine.reshape(-1))
         for position, ((images, failed), rows) in enumerate(outputs):
             step, micro = divmod(position, self.micro_batches_per_step)
             samples = slots[step, micro, self.rank]
@@ -136,12 +119,12 @@ class PretrainingLoader:
 
     def _truncation_group(self, step_samples: np.ndarray, micro: int) -> np.ndarray:
         """The images over which the reference sampler cuts the context: they may lie on several ranks."""
-        size = getattr(self.sampler, "truncation_group", self.micro_batch)
+        size = self.sampler.truncation_group
         slot = (micro * self.world_size + self.rank) * self.micro_batch
         start = slot // size * size
         return step_samples[start : start + size]
 
-    def _batch(self, images, rows: torch.Tensor, samples: np.ndarray, step: int, group: np.ndarray) -> Batch:
+    def _batch(self, images: Tensor, rows: Tensor, samples: np.ndarray, step: int, group: np.ndarray) -> Batch:
         context_tokens = self.sampler.context_count(step, group)
         num_targets, room = self.sampler.num_targets, self.sampler.context_room
         tokens = self.sampler.block_sizes(step).target_tokens

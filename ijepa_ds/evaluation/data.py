@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ijepa_ds.data.beton import image_sizes, inspect_dataset, integer_label_fields, read_labels
-from ijepa_ds.data.image_loader import EvaluationLoader
+from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.candidates import Encoder
 from ijepa_ds.evaluation.features import extract_features, spread_samples
+from ijepa_ds.progress import Progress
 
 SPLITS = ("train", "validation")
 CROP_SHARE = 0.875  # resize 256, centre crop 224
@@ -72,7 +73,7 @@ class LabelledData:
             )
         self.integer_fields = tuple(name for name in integer_label_fields(train) if name in self.fields)
         self.class_names = _class_names(paths)
-        self._loaders: dict[tuple[str, float], EvaluationLoader] = {}
+        self._loaders: dict[tuple[str, float], ImageLoader] = {}
         self._features: dict[tuple, Tensor] = {}
         self._owner: Encoder | None = None
         self._images, self._seconds = 0, 0.0
@@ -116,7 +117,13 @@ class LabelledData:
             def forward(images: Tensor) -> Tensor:
                 return encoder.forward(images.flip(2) if mirrored else images)
 
-            found = extract_features(forward, loader, samples, self.process, say=self.say).values
+            found = extract_features(
+                forward,
+                loader,
+                samples,
+                self.process,
+                progress=Progress(len(samples), name=f"features, {encoder}, {split}", enabled=self.process.is_main),
+            )
             self._images, self._seconds = self._images + len(samples), self._seconds + time.monotonic() - began
             if positions is not None:
                 return found
@@ -125,7 +132,7 @@ class LabelledData:
 
     def images(self, split: str, samples: np.ndarray, *, crop_share: float) -> Iterator[Tensor]:
         """uint8 central crops [B, H, W, 3] of ``samples`` in the file; use each batch before the next."""
-        return (images for images, _ in self.loader(split, crop_share).batches(samples))
+        return self.loader(split, crop_share).batches(samples)
 
     def images_per_second(self) -> float | None:
         """The rate of all extractions for the encoder at hand; None where there was none."""
@@ -144,17 +151,16 @@ class LabelledData:
         wide = bool(np.all(np.abs(widths / heights - 1.5) < 0.02))
         return wide and all(str(note.get("kind", "")).startswith("CLEVR") for note in notes)
 
-    def loader(self, split: str, crop_share: float) -> EvaluationLoader:
-        """Of central crops, without labels; made once."""
+    def loader(self, split: str, crop_share: float) -> ImageLoader:
+        """Of central crops; made once."""
         key = (split, crop_share)
         if key not in self._loaders:  # compiling one takes seconds
-            self._loaders[key] = EvaluationLoader(
+            self._loaders[key] = ImageLoader(
                 self.datasets[split],
                 image_size=self.image_size,
                 batch_size=self.micro_batch,
                 num_workers=self.num_workers,
                 crop_share=crop_share,
-                label_fields=(),
             )
         return self._loaders[key]
 

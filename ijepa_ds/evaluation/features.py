@@ -1,32 +1,28 @@
-"""Features of a .beton under an encoder, one row an image, with the labels beside them.
+"""Features of a .beton's images under an encoder, one row an image.
 
-Shapes: n images, D features.
+Shapes: n images, B of a batch, H x W pixels; a row is [D], or [N, D] of N patches.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ijepa_ds.data.copy_ahead import on_device
-from ijepa_ds.data.image_loader import EvaluationLoader
+from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.distributed import Process, gather_rows
+from ijepa_ds.errors import UserError
+from ijepa_ds.progress import Progress
 
 BATCHES_WAITING = 64  # results left on the device
-SECONDS_BETWEEN_LINES = 30.0
+CHECKED_ROWS = 4096  # at once
 
 
-@dataclass(frozen=True)
-class Features:
-    """``values`` fp32 [n, D] and ``labels`` {field: [n]}, on the CPU."""
-
-    values: Tensor
-    labels: dict[str, Tensor]
+class BrokenFeaturesError(UserError):
+    """Features that no probe can learn from, because the encoder's weights are no numbers."""
 
 
 def spread_samples(num_samples: int, limit: int | None) -> np.ndarray:
@@ -39,38 +35,37 @@ def spread_samples(num_samples: int, limit: int | None) -> np.ndarray:
 @torch.no_grad()
 def extract_features(
     forward: Callable[[Tensor], Tensor],
-    loader: EvaluationLoader,
+    loader: ImageLoader,
     samples: np.ndarray,
     process: Process,
     *,
-    say: Callable[[str], None] | None = None,
-) -> Features:
-    """``forward`` maps uint8 images [B, H, W, 3] on the device to [B, D]. The ranks share the work; all get all.
+    progress: Progress | None = None,
+) -> Tensor:
+    """What ``forward`` makes of ``samples``: fp32 [n, ...] on the CPU. The ranks share the work; all get all.
 
-    ``say`` takes a line of progress now and then.
+    ``forward`` maps uint8 images [B, H, W, 3] on the device to [B, ...]. Rows that are not finite are refused.
     """
     values: list[Tensor] = []
     waiting: list[Tensor] = []
-    labels: dict[str, list[Tensor]] = {name: [] for name in loader.label_fields}
-
-    def images_alone() -> Iterator[Tensor]:
-        for images, found in loader.batches(samples[process.rank :: process.world_size]):
-            for name, label in found.items():
-                labels[name].append(label)
-            yield images
-
-    count, began = 0, time.monotonic()
-    told = began
-    for images in on_device(images_alone(), process.device):
+    read, count = loader.batches(samples[process.rank :: process.world_size]), 0
+    for images in on_device(read, process.device):
         waiting.append(forward(images).float())
         if len(waiting) == BATCHES_WAITING:  # reading a result makes the device wait for the host: seldom
             values, waiting = [*values, torch.cat(waiting).cpu()], []
-        count, now = count + len(images), time.monotonic()
-        if now - told > SECONDS_BETWEEN_LINES and process.is_main and say is not None:
-            told, done = now, min(len(samples), count * process.world_size)
-            left = (now - began) / count * max(0, len(samples) / process.world_size - count)
-            rate = done / (now - began)
-            say(f"  features: {done:,} of {len(samples):,} images, {rate:,.0f} images/s, {left:.0f} s left")
-    values += [part.cpu() for part in waiting]
-    rows = gather_rows(torch.cat(values), process)
-    return Features(rows, {name: gather_rows(torch.cat(parts), process) for name, parts in labels.items()})
+        count += len(images)
+        if progress is not None:
+            progress.show(min(len(samples), count * process.world_size))
+    if progress is not None:
+        progress.end(len(samples))
+    return finite(gather_rows(torch.cat([*values, *(part.cpu() for part in waiting)]), process))
+
+
+def finite(rows: Tensor) -> Tensor:
+    """``rows`` [n, ...], refused where one of them holds NaN or infinity."""
+    num_bad = sum(int((~torch.isfinite(part).flatten(1).all(dim=1)).sum()) for part in rows.split(CHECKED_ROWS))
+    if num_bad:
+        raise BrokenFeaturesError(
+            f"the features of {num_bad} of {len(rows)} images hold NaN or infinity: the checkpoint has diverged or is "
+            "damaged"
+        )
+    return rows

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ijepa_ds.data.copy_ahead import on_device
 from ijepa_ds.data.crops import flips_of
-from ijepa_ds.data.image_loader import AugmentedLoader
+from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.evaluation.candidates import Encoder
 from ijepa_ds.evaluation.data import LabelledData
 from ijepa_ds.evaluation.probes.heads import steps_per_epoch
@@ -38,7 +38,7 @@ class AugmentedBatches:
     def __init__(
         self,
         data: LabelledData,
-        loader: AugmentedLoader,
+        loader: ImageLoader,
         positions: np.ndarray,
         labels: Tensor,
         *,
@@ -111,7 +111,7 @@ class CachedFeatures:
 class AugmentedFeatures:
     """Features of augmented images, made by the encoder in every epoch; micro-batches are joined to batches."""
 
-    def __init__(self, encoder: Encoder, loader: AugmentedLoader, samples: np.ndarray, device: torch.device):
+    def __init__(self, encoder: Encoder, loader: ImageLoader, samples: np.ndarray, device: torch.device):
         self.encoder, self.loader, self.samples, self.device = encoder, loader, samples, device
 
     @torch.no_grad()

@@ -1,6 +1,8 @@
 """An online probe of the target encoder during pretraining: kNN and a least-squares classifier, for integer labels.
 
 It reads files of its own order and draws no random number, so the training's data stream is not disturbed.
+
+Shapes: n training, m validation images, B of a batch, N patches, D encoder width.
 """
 
 from __future__ import annotations
@@ -11,29 +13,33 @@ import torch
 from torch import Tensor
 
 from ijepa_ds.config import Config
-from ijepa_ds.data.beton import inspect_dataset, integer_label_fields
-from ijepa_ds.data.image_loader import EvaluationLoader
+from ijepa_ds.data.beton import inspect_dataset, integer_label_fields, read_labels
+from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.distributed import Process
-from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.features import Features, extract_features, spread_samples
+from ijepa_ds.errors import some
+from ijepa_ds.evaluation.features import BrokenFeaturesError, extract_features, spread_samples
 from ijepa_ds.evaluation.probes.knn import knn_accuracy
 from ijepa_ds.evaluation.probes.ridge import least_squares_accuracy
 
-NEIGHBOURS = 20
+NEIGHBOURS, MICRO_BATCH = 20, 256
 
 
 class OnlineProbe:
     """Every ``monitor.knn_epochs``: fitted on some training images, measured on ``data.validation``."""
 
-    def __init__(self, config: Config, process: Process, say: Callable[[str], None] = print):
+    def __init__(self, config: Config, process: Process, say: Callable[[str], None] = print) -> None:
         self.config, self.process, self.say = config, process, say
-        self._loaders: tuple[EvaluationLoader, EvaluationLoader] | None = None
+        self._loaders: list[ImageLoader] = []
         self._said: set[str] = set()
-        data = config.ijepa.data
-        self.fields: tuple[str, ...] = ()
-        if config.ijepa.monitor.knn_epochs and data.validation:
-            fields = [integer_label_fields(inspect_dataset(path)) for path in (data.train, data.validation)]
-            self.fields = tuple(name for name in fields[0] if name in fields[1])
+        data, monitor = config.ijepa.data, config.ijepa.monitor
+        self.fields: list[str] = []
+        if monitor.knn_epochs and data.validation:
+            self._datasets = [inspect_dataset(path) for path in (data.train, data.validation)]
+            limits = monitor.knn_train_images, monitor.knn_validation_images
+            numbers = [dataset.num_samples for dataset in self._datasets]
+            self._samples = list(map(spread_samples, numbers, limits))
+            train, validation = map(integer_label_fields, self._datasets)
+            self.fields = [name for name in train if name in validation]
 
     def due(self, step: int, steps_per_epoch: int, last: bool) -> bool:
         """Whether an accuracy is due after ``step`` steps; before the first one the encoder is random: the baseline."""
@@ -43,64 +49,56 @@ class OnlineProbe:
     def accuracy(self, features: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """``knn/FIELD`` (k = 20) and ``linear/FIELD`` in percent, of features averaged over patches; on the main rank.
 
-        All ranks call this together. What cannot be measured is said once and left out: a run goes on without it.
+        ``features`` maps uint8 images [B, H, W, 3] on the device to the target encoder's [B, N, D]. All ranks call this
+        together. What cannot be measured is said once and left out: a run goes on without it.
         """
-        monitor = self.config.ijepa.monitor
-        limits = (monitor.knn_train_images, monitor.knn_validation_images)
-        train, validation = (
-            extract_features(
-                lambda images: features(images).float().mean(1),
-                loader,
-                spread_samples(loader.dataset.num_samples, limit),
-                self.process,
-            )
-            for loader, limit in zip(self._open(), limits, strict=True)
-        )
-        found: dict[str, float] = {}
-        for name in self.fields if self.process.is_main else ():
-            try:
-                found |= probe(train, validation, name, self._say_once)
-            except UserError as error:  # such as features that are not finite
-                self._say_once(f"the online probe of {name} is left out: {error}")
-        return found
+        if not self._loaders:  # compiling them takes seconds
+            data = self.config.ijepa.data
+            shared = {"image_size": data.image_size, "batch_size": MICRO_BATCH, "num_workers": data.workers}
+            self._loaders = [ImageLoader(dataset, **shared) for dataset in self._datasets]
+
+        def pooled(images: Tensor) -> Tensor:
+            return features(images).float().mean(1)
+
+        accuracies: dict[str, float] = {}
+        try:
+            rows = [
+                extract_features(pooled, loader, samples, self.process)
+                for loader, samples in zip(self._loaders, self._samples, strict=True)
+            ]
+        except BrokenFeaturesError as error:
+            self._say_once(f"the online probe is left out: {error}")
+            return accuracies
+        for field in self.fields if self.process.is_main else ():
+            labels = [
+                torch.from_numpy(read_labels(dataset, field)[samples])
+                for dataset, samples in zip(self._datasets, self._samples, strict=True)
+            ]
+            accuracies |= probe(rows, labels, field, self._say_once)
+        return accuracies
 
     def _say_once(self, line: str) -> None:
-        if line not in self._said:
+        if line not in self._said and self.process.is_main:
             self._said.add(line)
             self.say(line)
 
-    def _open(self) -> tuple[EvaluationLoader, EvaluationLoader]:
-        if self._loaders is None:
-            data = self.config.ijepa.data
-            self._loaders = tuple(
-                EvaluationLoader(
-                    inspect_dataset(path),
-                    image_size=data.image_size,
-                    batch_size=256,
-                    num_workers=data.workers,
-                    label_fields=self.fields,
-                )
-                for path in (data.train, data.validation)
-            )
-        return self._loaders
 
-
-def probe(train: Features, validation: Features, field: str, say: Callable[[str], None]) -> dict[str, float]:
-    """Both accuracies in percent. An image of a class that train does not show counts as an error."""
-    classes, train_labels = torch.unique(train.labels[field], return_inverse=True)
-    known = torch.isin(validation.labels[field], classes)
+def probe(rows: list[Tensor], labels: list[Tensor], field: str, say: Callable[[str], None]) -> dict[str, float]:
+    """Both accuracies in percent, of features [n, D] and [m, D]; an image of a class that train lacks is an error."""
+    classes, train_labels = torch.unique(labels[0], return_inverse=True)
+    known = torch.isin(labels[1], classes)
     if not known.all():
-        missing = sorted(set(validation.labels[field][~known].tolist()))
+        missing = sorted(set(labels[1][~known].tolist()))
         say(
-            f"the online probe counts images of {field} {', '.join(map(str, missing[:8]))} as errors: no training "
-            "image in use has it; raise ijepa.monitor.knn_train_images"
+            f"the online probe counts images of {field} {some(missing)} as errors: no training image in use has it; "
+            "raise ijepa.monitor.knn_train_images"
         )
     if not known.any() or len(classes) < 2:
         return {f"knn/{field}": 0.0, f"linear/{field}": 0.0} if not known.any() else {}
-    values, labels = validation.values[known], torch.searchsorted(classes, validation.labels[field][known])
-    share = len(values) / len(known)
-    neighbours = knn_accuracy(train.values, train_labels, values, labels, ks=(NEIGHBOURS,), say=say)
+    split = rows[0], train_labels, rows[1][known], torch.searchsorted(classes, labels[1][known])
+    share = float(known.double().mean())
+    neighbours = knn_accuracy(*split, ks=(NEIGHBOURS,), say=say)
     return {
         f"knn/{field}": share * next(iter(neighbours.values())),
-        f"linear/{field}": share * least_squares_accuracy(train.values, train_labels, values, labels),
+        f"linear/{field}": share * least_squares_accuracy(*split),
     }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ijepa_ds.data.image_loader import AugmentedLoader
+from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.candidates import Encoder
@@ -55,7 +55,7 @@ class Setting:
     few: FewLabels = FewLabels()
     say: Callable[[str], None] = print
     told: float = field(default_factory=time.monotonic)  # when progress was last said
-    augmented: AugmentedLoader | None = None  # made when first needed: compiling it takes seconds
+    augmented: ImageLoader | None = None  # made when first needed: compiling it takes seconds
 
     def adapt(self, recipe: Recipe, num_images: int | None = None) -> Recipe:
         """``recipe`` with what was asked for instead, its batch no larger than the training images, or ``num_images``
@@ -164,14 +164,15 @@ def normalized(setting: Setting) -> Callable[[Tensor], Tensor]:
     return functools.partial(normalize_images, mean=mean, std=std, dtype=torch.float32)
 
 
-def augmented_loader(setting: Setting) -> AugmentedLoader:
+def augmented_loader(setting: Setting) -> ImageLoader:
     """The loader of augmented training images, made once."""
     data = setting.data
     if setting.augmented is None:
-        setting.augmented = AugmentedLoader(
+        setting.augmented = ImageLoader(
             data.datasets["train"],
             image_size=data.image_size,
             batch_size=data.micro_batch,
+            augment=True,
             seed=setting.seed,
             num_workers=data.num_workers,
         )

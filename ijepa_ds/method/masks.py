@@ -249,6 +249,7 @@ class MultiblockSampler(_Sampler):
     """The paper's masks; see the module's text."""
 
     context_tokens: int
+    truncation_group: ClassVar[int] = 1  # no image's context depends on another's
     sizes_of: ClassVar = staticmethod(multiblock_sizes)
     draw_image: ClassVar = staticmethod(draw_multiblock)
 

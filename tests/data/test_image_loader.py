@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from ijepa_ds.data.beton import image_sizes, inspect_dataset
 from ijepa_ds.data.crops import is_flipped, random_crop
-from ijepa_ds.data.image_loader import AREA, RATIO, AugmentedLoader, EvaluationLoader
+from ijepa_ds.data.ffcv_pipeline import DecodeCrop, Pipeline, image_spec, keys
+from ijepa_ds.data.image_loader import AREA, RATIO, ImageLoader
 from ijepa_ds.random_streams import CROP, stream
 
 SIZE, SEED = (16, 24), 5
@@ -16,11 +19,16 @@ ALL = np.arange(28)
 
 
 @pytest.fixture(scope="module")
-def augmented(beton) -> AugmentedLoader:
-    return AugmentedLoader(inspect_dataset(beton), image_size=SIZE, batch_size=4, seed=SEED)
+def augmented(beton) -> ImageLoader:
+    return loader_of_seed(beton, SEED)
 
 
-def read(loader: AugmentedLoader, samples: np.ndarray, epoch: int) -> torch.Tensor:
+def loader_of_seed(beton: Path, seed: int, **changes) -> ImageLoader:
+    options = {"image_size": SIZE, "batch_size": 4, "augment": True, "seed": seed}
+    return ImageLoader(inspect_dataset(beton), **(options | changes))
+
+
+def read(loader: ImageLoader, samples: np.ndarray, epoch: int = 0) -> torch.Tensor:
     return torch.cat([images.clone() for images in loader.batches(samples, epoch)])
 
 
@@ -29,22 +37,17 @@ def test_an_image_depends_on_seed_epoch_and_sample_alone(beton, augmented):
     order = np.random.default_rng(0).permutation(28)
     assert torch.equal(read(augmented, order, 3), whole[order])
     assert torch.equal(read(augmented, ALL[1::2], 3), whole[1::2])
-    other = AugmentedLoader(inspect_dataset(beton), image_size=SIZE, batch_size=7, seed=SEED, num_workers=2)
+    other = loader_of_seed(beton, SEED, batch_size=7, num_workers=2)
     assert torch.equal(read(other, ALL, 3), whole)
-    for different in (read(augmented, ALL, 4), read_of_seed(beton, SEED + 1)):
+    for different in (read(augmented, ALL, 4), read(loader_of_seed(beton, SEED + 1), ALL, 3)):
         assert (different != whole).flatten(1).any(dim=1).float().mean() > 0.9
 
 
-def read_of_seed(beton, seed: int) -> torch.Tensor:
-    return read(AugmentedLoader(inspect_dataset(beton), image_size=SIZE, batch_size=4, seed=seed), ALL, 3)
-
-
-def test_about_half_of_the_images_are_mirrored_and_nothing_else_changes(beton):
-    dataset = inspect_dataset(beton)
-    central = AugmentedLoader(dataset, image_size=SIZE, batch_size=4, seed=SEED, crop=False, crop_share=0.75)
-    plain = EvaluationLoader(dataset, image_size=SIZE, batch_size=4, crop_share=0.75)
-    expected = torch.cat([images.clone() for images, _ in plain.batches(ALL)])
-    found = read(central, ALL, 2)
+def test_about_half_of_the_images_are_mirrored_and_nothing_else_changes(beton, augmented):
+    decoder = DecodeCrop(SIZE, random_crop, seed=SEED, scale=AREA, ratio=RATIO)
+    plain = Pipeline(inspect_dataset(beton), {"image": image_spec(decoder)}, batch_size=4, num_workers=1)
+    expected = torch.cat([images.clone() for ((images, _),) in plain.traverse(keys(ALL, 2))])
+    found = read(augmented, ALL, 2)
     flips = torch.tensor([is_flipped(np.uint64(SEED), np.uint64(2), np.uint64(s)) for s in ALL])
     assert 5 < int(flips.sum()) < 23
     assert torch.equal(found[flips], expected[flips].flip(2)) and torch.equal(found[~flips], expected[~flips])
@@ -59,8 +62,8 @@ def test_crops_are_the_drawn_ones(beton, augmented):
     found = read(augmented, ALL, 1)
     for size in {(int(h), int(w)) for h, w in zip(heights, widths, strict=True)}:
         of_size = [s for s in ALL if (heights[s], widths[s]) == size]
-        loader = EvaluationLoader(dataset, image_size=size, batch_size=4)
-        whole = torch.cat([images.clone() for images, _ in loader.batches(np.array(of_size))])
+        loader = ImageLoader(dataset, image_size=size, batch_size=4)
+        whole = read(loader, np.array(of_size))
         for sample, image in zip(of_size, whole, strict=True):
             key = stream(np.uint64(SEED), CROP, np.uint64(1), np.uint64(sample))
             top, left, rows, columns = random_crop(*size, np.uint64(key), AREA, RATIO)

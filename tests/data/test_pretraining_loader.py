@@ -22,18 +22,11 @@ from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.reader import Reader
 from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType
 
-from ijepa_ds.data.pretraining_loader import (
-    Batch,
-    DecodeError,
-    EvaluationLoader,
-    LoaderError,
-    PretrainingLoader,
-    center_crop,
-    inspect_dataset,
-    integer_label_fields,
-    random_crop,
-    read_labels,
-)
+from ijepa_ds.data.beton import inspect_dataset, integer_label_fields, read_labels
+from ijepa_ds.data.crops import center_crop, random_crop
+from ijepa_ds.data.ffcv_pipeline import DecodeError, LoaderError
+from ijepa_ds.data.image_loader import ImageLoader
+from ijepa_ds.data.pretraining_loader import Batch, PretrainingLoader
 from ijepa_ds.errors import UserError
 from ijepa_ds.method.masks import MultiblockSampler, ReferenceSampler
 from ijepa_ds.random_streams import CROP, permutation, stream
@@ -79,11 +72,9 @@ def make_loader(own_beton) -> Callable[..., PretrainingLoader]:
             image_size=IMAGE_SIZE,
             crop_scale=SCALE,
             crop_ratio=RATIO,
-            seed=SEED,
             global_batch=more.pop("global_batch", GLOBAL_BATCH),
             micro_batch=micro_batch,
-            rank=rank,
-            world_size=world_size,
+            share=(rank, world_size),
             num_workers=num_workers,
         )
         loader.pipeline = pipelines.setdefault((sampler, micro_batch, num_workers), loader.pipeline)
@@ -93,8 +84,8 @@ def make_loader(own_beton) -> Callable[..., PretrainingLoader]:
 
 
 @pytest.fixture(scope="session")
-def evaluation(own_beton) -> EvaluationLoader:
-    return EvaluationLoader(inspect_dataset(own_beton), image_size=IMAGE_SIZE, batch_size=4, crop_share=0.75)
+def evaluation(own_beton) -> ImageLoader:
+    return ImageLoader(inspect_dataset(own_beton), image_size=IMAGE_SIZE, batch_size=4, crop_share=0.75)
 
 
 def kept(batch: Batch) -> Batch:
@@ -271,7 +262,7 @@ def test_torchs_threads_are_left_alone(own_beton):
     for threads in (1, 3):
         torch.set_num_threads(threads)
         try:
-            loader = EvaluationLoader(inspect_dataset(own_beton), image_size=IMAGE_SIZE, batch_size=4, num_workers=2)
+            loader = ImageLoader(inspect_dataset(own_beton), image_size=IMAGE_SIZE, batch_size=4, num_workers=2)
             assert torch.get_num_threads() == threads
             assert list(loader.batches(np.arange(0))) == [] and torch.get_num_threads() == threads
             seen = [torch.get_num_threads() for _ in loader.batches(np.arange(8))] if threads == 3 else []
@@ -385,54 +376,33 @@ def test_the_central_crop_has_the_outputs_shape_and_its_share_of_the_shorter_sid
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
-def test_evaluation_gives_central_crops_and_labels_in_the_order_asked_for(own_beton, evaluation):
+def test_evaluation_gives_central_crops_in_the_order_asked_for(own_beton, evaluation):
     samples = np.array([3, 0, 27, 14, 9, 2, 2, 26, 1, 5])  # any order, repeated, and a last batch of two
     sizes, position = [], 0
-    for images, labels in evaluation.batches(samples):
+    for images in evaluation.batches(samples):
         sizes.append(len(images))
-        for image, label, distance in zip(images.numpy(), labels["label"], labels["distance"], strict=True):
-            sample = samples[position]
-            assert label == sample % 5 and distance == sample / 4
-            pixels, exact = stored_image(own_beton, sample)
+        for image in images.numpy():
+            pixels, exact = stored_image(own_beton, samples[position])
             top, left, rows, columns = center_crop(*pixels.shape[:2], 0, (0.75, 1.0), (1.5, 1.5))
             expected = resized(np.ascontiguousarray(pixels[top : top + rows, left : left + columns]))
             difference = np.abs(image.astype(int) - expected.astype(int))
             assert difference.max() <= (0 if exact else 12) and difference.mean() < 1.5
             position += 1
-    assert sizes == [4, 4, 2] and list(labels) == ["label", "distance"]
-    assert not labels["label"].is_floating_point() and labels["distance"].is_floating_point()
-
-
-def test_labels_outlive_their_batch(evaluation):
-    labels = torch.cat([labels["label"] for _, labels in evaluation.batches(np.arange(28))])
-    assert labels.tolist() == [sample % 5 for sample in range(28)]
+    assert sizes == [4, 4, 2]
 
 
 def test_shards_by_stride_hold_every_image_once(evaluation):
     """As ranks read them: sample r, r + world, ...; more than one pass over the same pipeline."""
-    whole = torch.cat([images.clone() for images, _ in evaluation.batches(np.arange(28))])
+    whole = torch.cat([images.clone() for images in evaluation.batches(np.arange(28))])
     for world_size in (2, 3):
         for rank in range(world_size):
             shard = np.arange(rank, 28, world_size)
-            images = torch.cat([images.clone() for images, _ in evaluation.batches(shard)])
+            images = torch.cat([images.clone() for images in evaluation.batches(shard)])
             assert torch.equal(images, whole[shard])
 
 
 def test_no_samples_are_no_batches(evaluation):
     assert list(evaluation.batches(np.arange(0))) == []
-
-
-def test_a_label_field_that_is_not_there_is_refused_with_those_that_are(own_beton):
-    with pytest.raises(UserError, match=r"mixed\.beton has no label field 'depth' \(it has: label, distance\)"):
-        EvaluationLoader(inspect_dataset(own_beton), image_size=IMAGE_SIZE, batch_size=4, label_fields=("depth",))
-
-
-def test_one_label_field_of_several_can_be_asked_for(own_beton):
-    loader = EvaluationLoader(
-        inspect_dataset(own_beton), image_size=IMAGE_SIZE, batch_size=8, label_fields=("distance",)
-    )
-    _, labels = next(iter(loader.batches(np.arange(8))))
-    assert {name: values.tolist() for name, values in labels.items()} == {"distance": [n / 4 for n in range(8)]}
 
 
 def test_labels_can_be_read_without_the_images(own_beton):
@@ -624,5 +594,3 @@ def test_other_fields_are_refused_with_what_was_found(make_beton, tmp_path):
 def test_a_file_without_labels_is_good_for_pretraining(make_beton, tmp_path):
     dataset = inspect_dataset(make_beton(tmp_path / "plain.beton", 3))
     assert (dataset.num_samples, dataset.label_fields) == (3, ())
-    with pytest.raises(UserError, match=r"has no label field 'label' \(it has: none\)"):
-        EvaluationLoader(dataset, image_size=IMAGE_SIZE, batch_size=2, label_fields=("label",))

@@ -147,9 +147,7 @@ def _cached(
         return tokens.flatten(1)
 
     train, validation = (
-        extract_features(
-            flat, data.loader(split, setting.share()), data.samples[split], process, say=setting.say
-        ).values
+        extract_features(flat, data.loader(split, setting.share()), data.samples[split], process)
         for split in ("train", "validation")
     )
 

@@ -8,7 +8,7 @@ import torch
 
 from ijepa_ds.data.beton import inspect_dataset
 from ijepa_ds.data.crops import flips_of
-from ijepa_ds.data.image_loader import AugmentedLoader
+from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.candidates import PIXELS, Encoder, small_pixels
@@ -64,7 +64,7 @@ def test_mirrored_features_are_drawn_anew_each_epoch():
 
 def test_micro_batches_are_joined_to_the_batches_asked_for(beton):
     samples = np.arange(2, 28)  # some of the file: positions count among these
-    loader = AugmentedLoader(inspect_dataset(beton), image_size=(32, 32), batch_size=4, seed=1)
+    loader = ImageLoader(inspect_dataset(beton), image_size=(32, 32), batch_size=4, augment=True, seed=1)
     source = AugmentedFeatures(encoder_of_width(3 * PIXELS**2), loader, samples, CPU)
     batches = np.random.default_rng(0).permutation(26)[:24].reshape(3, 8)
     whole = torch.cat([small_pixels(images) for images in loader.batches(samples, 5)])
