@@ -25,6 +25,7 @@ setup(
         "torch>=2.14",
         "torchvision",  # timm and ffcv import it
         "timm>=1.0",
+        "psutil",  # deepspeed needs it too
         "pydantic>=2.10",  # DeepSpeed brings it; checks configurations
         "numpy",
         "numba",

@@ -17,19 +17,19 @@ from torch import Tensor
 from ijepa_ds.data.copy_ahead import on_device
 from ijepa_ds.data.crops import flips_of
 from ijepa_ds.data.image_loader import ImageLoader
+from ijepa_ds.distributed import Process
 from ijepa_ds.evaluation.candidates import Encoder
 from ijepa_ds.evaluation.data import LabelledData
 from ijepa_ds.evaluation.probes.heads import steps_per_epoch
 from ijepa_ds.random_streams import permutation
 
 
-class AugmentedBatches:
-    """Epoch -> this process's share of each step: augmented images, as ``prepare`` makes them, and their labels.
+class AugmentedInputs:
+    """Augmented images, as ``prepare`` makes them, and their labels: this process's share of each step of an epoch.
 
     Args:
-        data: whose training images these are.
-        loader: of the augmented ones.
-        positions: which images, among those in use [n].
+        loader: of the augmented images.
+        samples: in the loader's file [n].
         labels: classes of these [n].
         batch: images of a step over all processes; those that do not fill one are left out, others in each epoch.
         prepare: uint8 images on the device [b, H, W, 3] -> [b, ...]; it must give a copy.
@@ -37,33 +37,48 @@ class AugmentedBatches:
 
     def __init__(
         self,
-        data: LabelledData,
         loader: ImageLoader,
-        positions: np.ndarray,
+        samples: np.ndarray,
         labels: Tensor,
         *,
         batch: int,
         seed: int,
+        process: Process,
         prepare: Callable[[Tensor], Tensor],
-    ):
-        self.samples, self.labels, self.loader = data.samples["train"][positions], labels, loader
-        self.batch, self.seed, self.prepare, self.process = batch, seed, prepare, data.process
-        self.steps = steps_per_epoch(len(self.samples), batch)
+    ) -> None:
+        self.loader, self.samples, self.labels, self.prepare = loader, samples, labels, prepare
+        self.batch, self.seed, self.process = batch, seed, process
+        self.steps = steps_per_epoch(len(samples), batch)
 
-    def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images [B, ...] on the device, labels [B]) of each step."""
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images [B, ...] on the device, labels [B]) of each step; micro-batches are joined to batches."""
         mine = step_positions(len(self.samples), epoch, batch=self.batch, seed=self.seed)
         mine = mine[:, self.process.rank :: self.process.world_size]
-        read = self.loader.batches(self.samples[mine.reshape(-1)], epoch)
+        batches = self.loader.batches(self.samples[mine.reshape(-1)], epoch)
         waiting: list[Tensor] = []
         count, step, size = 0, 0, mine.shape[1]
-        for images in on_device(read, self.process.device):
+        for images in on_device(batches, self.process.device):
             waiting.append(self.prepare(images))
             count += len(images)
-            while count >= size:
-                joined = torch.cat(waiting)
-                yield joined[:size], self.labels[torch.from_numpy(mine[step])]
-                waiting, count, step = [joined[size:]], count - size, step + 1
+            while count >= size and step < self.steps:
+                rows = torch.cat(waiting)
+                yield rows[:size], self.labels[torch.from_numpy(mine[step])]
+                waiting, count, step = [rows[size:]], count - size, step + 1
+
+
+class CachedInputs:
+    """Rows made once, [n, ...] on the CPU, and their labels [n]: as :class:`AugmentedInputs` otherwise."""
+
+    def __init__(self, values: Tensor, labels: Tensor, *, batch: int, seed: int, process: Process) -> None:
+        self.values, self.labels = values, labels
+        self.batch, self.seed, self.process = batch, seed, process
+        self.steps = steps_per_epoch(len(values), batch)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows [B, ...], labels [B]) of each step."""
+        for positions in step_positions(len(self.values), epoch, batch=self.batch, seed=self.seed):
+            mine = torch.from_numpy(positions[self.process.rank :: self.process.world_size])
+            yield self.values[mine], self.labels[mine]
 
 
 def step_positions(num_images: int, epoch: int, *, batch: int, seed: int) -> np.ndarray:
@@ -73,7 +88,7 @@ def step_positions(num_images: int, epoch: int, *, batch: int, seed: int) -> np.
 
 
 def validation_batches(
-    data: LabelledData, labels: Tensor, *, crop_share: float, prepare: Callable[[Tensor], Tensor]
+    data: LabelledData, labels: Tensor, crop_share: float, *, prepare: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(central crops as ``prepare`` makes them [b, ...], labels [b]): this process's share of validation, in order."""
     process, position = data.process, 0

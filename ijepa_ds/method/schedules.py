@@ -40,10 +40,14 @@ class Schedules:
         return Hyperparameters(self._lr(step + 1), self._weight_decay(step + 1), self._momentum(step))
 
     def _lr(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return self.lr_start + step / self.warmup_steps * (self.lr_peak - self.lr_start)
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.horizon - self.warmup_steps))
-        return self.lr_final + (self.lr_peak - self.lr_final) * (1 + math.cos(math.pi * progress)) / 2
+        return warmup_cosine(
+            step,
+            warmup_steps=self.warmup_steps,
+            horizon=self.horizon,
+            start=self.lr_start,
+            peak=self.lr_peak,
+            final=self.lr_final,
+        )
 
     def _weight_decay(self, step: int) -> float:
         start, final = self.weight_decay
@@ -53,6 +57,16 @@ class Schedules:
     def _momentum(self, step: int) -> float:
         start, final = self.momentum
         return start + min(1.0, step / self.horizon) * (final - start)
+
+
+def warmup_cosine(
+    step: int, *, warmup_steps: int, horizon: int, start: float = 0.0, peak: float = 1.0, final: float = 0.0
+) -> float:
+    """Linear from ``start`` to ``peak`` in the first steps, then a cosine to ``final`` at ``horizon``, and that."""
+    if step < warmup_steps:
+        return start + step / warmup_steps * (peak - start)
+    progress = min(1.0, (step - warmup_steps) / max(1, horizon - warmup_steps))
+    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def build_schedules(
