@@ -25,7 +25,8 @@ SCRIPTS = {"run.py": "ijepa_ds.train"} | {
     f"data_prep/{name}.py": f"data_prep.{name}" for name in ("to_ffcv", "make_scenes")
 }
 # Options of other programs that the documents name.
-OTHERS_OPTIONS = {"--num_gpus", "--module", "--hostfile", "--num_nodes", "--include", "--check", "--logdir"}
+OF_DEEPSPEED = "--module --num_gpus --num_nodes --hostfile --no_ssh --node_rank --master_addr --master_port"
+OTHERS_OPTIONS = {*OF_DEEPSPEED.split(), "--logdir", "--check"}
 CODE_FILES = (".py", ".md", ".sh", ".toml", ".cff")  # files of these kinds are ours even where no folder is named
 
 CODE_BLOCK = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
