@@ -1,6 +1,6 @@
 """``python -m ijepa_ds demo``: the whole job on built-in images, by the commands that a user would type.
 
-Make scenes, convert them, pretrain through ``deepspeed run.py``, probe the target encoder beside random ones, export
+Make scenes, convert them, pretrain, probe the target encoder beside random ones, export
 it. What an earlier call finished is used again; a call that was asked to stop is taken up by the next.
 """
 
@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
+from ijepa_ds.commands import Commands
 from ijepa_ds.config import Config, load_config
 from ijepa_ds.engine.checkpoint_files import list_checkpoints
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.results import best_of, margin, random_values, read_results
 from ijepa_ds.files import PROJECT
 from ijepa_ds.hardware import has_fast_bf16, why
-from ijepa_ds.process_group import Commands
 from ijepa_ds.progress import duration
 from ijepa_ds.run.folder import read_run_config
 
@@ -114,8 +114,8 @@ def _set_bf16(enabled: bool) -> str:
 
 
 def _pretrain(overrides: list[str], commands: Commands) -> None:
-    """One process, on a GPU where there is one: the batch is too small to be shared by the GPUs of a large machine."""
-    command = ["deepspeed", "--num_gpus", "1", "run.py", "--config", CONFIG]
+    """One process, without the launcher: two on two cores are slower, and the batch is too small for several GPUs."""
+    command = [sys.executable, "run.py", "--config", CONFIG]
     _call("pretrain", [*command, *(part for override in overrides for part in ("--set", override))], commands)
 
 

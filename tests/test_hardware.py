@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import platform
 import subprocess
@@ -10,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed_runs import TrainingRun, once, run_ranks, run_training, tiny_config, train_beton
 
 from ijepa_ds import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+SAID = "bf16 is not faster than fp32 here"
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, *, bf16: float, fp32: float) -> None:
@@ -66,3 +70,47 @@ def test_emulated_bf16_is_one_sentence_with_the_cure(monkeypatch):
 
 def test_the_processor_has_a_name():
     assert hardware.processor_name().strip()
+
+
+def emulate_bf16() -> None:
+    hardware.product_seconds = lambda: {torch.bfloat16: 0.01, torch.float32: 0.0005}
+
+
+@once
+def emulated_run() -> TrainingRun:
+    config = tiny_config(ijepa__run__name="emulated", ijepa__run__stop_after_steps=1)
+    return run_training(config, 2, prepare=emulate_bf16)
+
+
+def test_a_run_with_emulated_bf16_says_so_once_and_goes_on():
+    run = emulated_run()
+    assert run.exit_codes == [0, 0] and len(run.losses) == 1, run.output
+    assert run.output.count(SAID) == 1 and "for a new run, --set bf16.enabled=false computes in fp32" in run.output
+
+
+def test_autocast_has_a_cure_of_its_own_and_fp32_needs_none():
+    one_step = {"ijepa__run__stop_after_steps": 1, "bf16": {"enabled": False}}
+    autocast = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    config = tiny_config(ijepa__run__name="emulated_autocast", **one_step, **autocast)
+    assert "--set torch_autocast.enabled=false computes in fp32" in run_training(config, prepare=emulate_bf16).output
+    config = tiny_config(ijepa__run__name="emulated_fp32", **one_step)
+    assert SAID not in run_training(config, prepare=emulate_bf16).output
+
+
+def evaluation_output(run: str, beton: str, *options: str) -> str:
+    """What ``evaluate`` prints where bf16 is emulated."""
+    from ijepa_ds.evaluation.command import main
+
+    emulate_bf16()
+    data = ["--train", beton, "--validation", beton, "--task", "knn", "--random-seeds", "1", "--no-pictures"]
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        main(["--checkpoint", run, *data, *options])
+    return shown.getvalue()
+
+
+def test_evaluate_says_it_once_and_fp32_is_the_cure():
+    run, beton = str(emulated_run().folder), str(train_beton())
+    (said,) = run_ranks(evaluation_output, 1, run, beton)
+    assert said.count(SAID) == 1 and "; --fp32 computes in fp32" in said and "margin" in said
+    (cured,) = run_ranks(evaluation_output, 1, run, beton, "--fp32")
+    assert SAID not in cured and "margin" in cured

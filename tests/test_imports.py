@@ -24,8 +24,8 @@ MAY_IMPORT = {
     "checks": "method config build engine exchange",
     "evaluation": "method config build data engine run exchange",
     "train": "method config build data engine run exchange evaluation",
-    "process_group": "",
-    "demo": "config run engine evaluation process_group",
+    "commands": "",
+    "demo": "config run engine evaluation commands",
     "__main__": "",
 }
 ONLY_IN = {
