@@ -8,8 +8,6 @@ same pixels arrive for any world size, micro-batch, worker count, and after a re
 from __future__ import annotations
 
 import queue
-import sys
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +29,7 @@ from ffcv.traversal_order.base import TraversalOrder
 
 from ijepa_ds.data.beton import Dataset
 from ijepa_ds.data.crops import is_flipped, mirror
-from ijepa_ds.errors import UserError
+from ijepa_ds.errors import UserError, hide_finalizers_of_numba
 from ijepa_ds.method import masks
 from ijepa_ds.random_streams import CROP, stream
 
@@ -39,20 +37,6 @@ TIME_SHIFT = np.uint64(32)
 _SAMPLE = np.uint64(0xFFFFFFFF)
 _STALL_SECONDS = 1.0  # how often a waiting consumer looks whether the loading thread is still alive
 _BATCHES_AHEAD = 3
-
-
-def _hide_finalizers_of_numba() -> None:
-    """numba reports a harmless KeyError when a compiled pipeline is collected; nobody should have to read it."""
-    report = sys.unraisablehook
-
-    def hook(unraisable) -> None:
-        if not (unraisable.exc_type is KeyError and isinstance(unraisable.object, weakref.finalize)):
-            report(unraisable)
-
-    sys.unraisablehook = hook
-
-
-_hide_finalizers_of_numba()
 
 
 class DecodeError(UserError):
@@ -213,6 +197,7 @@ class Pipeline:
     """An FFCV loader over given keys, in order. Compiling it takes seconds, so it's made once and traversed often."""
 
     def __init__(self, dataset: Dataset, pipelines: dict, *, batch_size: int, num_workers: int):
+        hide_finalizers_of_numba()
         self.batch_size = batch_size
         self.num_workers = max(1, min(num_workers, numba.config.NUMBA_NUM_THREADS))
         reader = Reader(dataset.path)
