@@ -17,7 +17,7 @@ from ffcv.reader import Reader
 
 from data_prep.images import JPG
 from data_prep.sidecar import sidecar_path
-from ijepa_ds.errors import UserError
+from ijepa_ds.errors import UserError, listing
 from ijepa_ds.files import checksum, read_at
 from ijepa_ds.progress import Progress
 
@@ -36,12 +36,9 @@ def verify(path: str, *, num_workers: int) -> int:
         ) from error
     samples = Samples(reader, path)
     bad = samples.decode_all(num_workers=num_workers)
-    for sample in sorted(bad)[:SHOWN]:
-        print(f"bad sample {sample}: {bad[sample]}")
-    if len(bad) > SHOWN:
-        print(f"and {len(bad) - SHOWN} more")
     if bad:
-        problems.append(f"{len(bad)} of {len(samples)} samples are damaged")
+        each = [f"bad sample {sample}: {bad[sample]}" for sample in sorted(bad)]
+        problems.append(f"{len(bad)} of {len(samples)} samples are damaged:{listing(each, SHOWN)}")
     for problem in problems:
         print(f"{path}: {problem}")
     if not problems:
@@ -93,17 +90,17 @@ class Samples:
     def decode_all(self, *, num_workers: int) -> dict[int, str]:
         """Sample -> what is wrong with it. Threads suffice: reading and decoding both let go of the interpreter."""
         bad: dict[int, str] = {}
-        progress = Progress(len(self))
-        count = 0
+        progress, count = Progress(len(self)), 0
         descriptor = os.open(self.path, os.O_RDONLY)
         pool = ThreadPoolExecutor(num_workers)
         try:
             spans = [range(start, min(start + SPAN, len(self))) for start in range(0, len(self), SPAN)]
             for future in as_completed([pool.submit(self._decode_span, descriptor, span) for span in spans]):
-                found, num_samples = future.result()
-                bad |= found
+                problems, num_samples = future.result()
+                bad |= problems
                 count += num_samples
                 progress.show(count)
+            progress.end(count)
         finally:
             pool.shutdown(cancel_futures=True)
             os.close(descriptor)

@@ -35,9 +35,8 @@ from ijepa_ds.progress import Progress
 FORK = multiprocessing.get_context("fork")  # the workers inherit the source and the shared memory, nothing is pickled
 MAX_SPAN = 64  # samples a worker takes at a time
 FAILED = -1  # in a worker's report, in place of the sample: the worker cannot go on
-REPORT_BYTES = (
-    2000  # below PIPE_BUF (4096), so that reports of several workers do not mix and a killed one leaves no half report
-)
+# Below PIPE_BUF (4096), so that reports of several workers do not mix and a killed one leaves no half report.
+REPORT_BYTES = 2000
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # prctl's "send me this signal when my parent dies", of Linux
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -183,20 +182,10 @@ class BetonWriter(DatasetWriter):
         done = FORK.Value(ctypes.c_uint64, 0)
         table = AllocationTable(num_samples)
         fields = {**self.fields, "image": EncodedImageField()}
-        shared = (
-            queue_content,
-            self.metadata_sm,
-            self.metadata_type,
-            fields,
-            allocator,
-            done,
-            table,
-            *extra_worker_args,
-        )
-        reports_end = extra_worker_args[0].reports
-        processes = [
-            FORK.Process(target=work, args=(reports_end, work_fn, shared), daemon=True) for _ in range(self.num_workers)
-        ]
+        rows = self.metadata_sm, self.metadata_type
+        shared = (queue_content, *rows, fields, allocator, done, table, *extra_worker_args)
+        job = (extra_worker_args[0].reports, work_fn, shared)
+        processes = [FORK.Process(target=work, args=job, daemon=True) for _ in range(self.num_workers)]
         with interrupts_put_off() as interrupts:
             try:
                 start(processes)
@@ -248,9 +237,8 @@ class BetonWriter(DatasetWriter):
             )
         if not num_kept:
             sample, reason = min(self.unreadable.items())
-            raise UserError(
-                f"none of the {self.num_samples} images could be read, the first (number {sample}) because: {reason}"
-            )
+            none = f"none of the {self.num_samples} images could be read"
+            raise UserError(f"{none}, the first (number {sample}) because: {reason}")
         rows = self.metadata_sm.array(self.metadata_type)
         self.rows = rows[self.kept]
         rows[:num_kept] = self.rows
@@ -258,9 +246,7 @@ class BetonWriter(DatasetWriter):
         good = table[self.kept]
         good["sample_id"] = np.arange(num_kept)
         self.header["num_samples"] = num_kept
-        self.finalize(
-            [good]
-        )  # one array in the list: FFCV makes its table of it without going through a million tuples
+        self.finalize([good])  # one array: FFCV makes its table of it without going through a million tuples
 
 
 @contextmanager

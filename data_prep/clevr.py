@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-from data_prep.folders import _entries
+from data_prep.folders import entries_of
 from data_prep.source import PackedNames, Source, is_image_name, suffix_of
 from ijepa_ds.errors import UserError
 
@@ -33,7 +33,7 @@ def open_clevr(path: str, split: str | None) -> Source:
             f"the folder {folder} is missing, whose images {scenes_path} describes: unpack the whole data set"
         )
     scenes = read_scenes(scenes_path)
-    present = {entry.name for entry in _entries(folder)}
+    present = {entry.name for entry in entries_of(folder)}
     missing = [name for name, _ in scenes if name not in present]
     if missing:
         raise UserError(
@@ -48,9 +48,8 @@ def open_clevr(path: str, split: str | None) -> Source:
         "count": np.array([len(depths) for _, depths in scenes], dtype=np.int64),
         "depth": np.array([min(depths) for _, depths in scenes], dtype=np.float64),
     }
-    return Source(
-        f"CLEVR scenes, split {split}", folder, PackedNames([name for name, _ in scenes]), labels, [], ignored
-    )
+    names = PackedNames([name for name, _ in scenes])
+    return Source(f"CLEVR scenes, split {split}", folder, names, labels, [], ignored)
 
 
 def read_scenes(path: str) -> list[tuple[str, list[float]]]:

@@ -20,7 +20,7 @@ def open_folder(path: str, *, labelled: bool) -> Source:
     ignored: Counter[str] = Counter()
     if not labelled:
         return Source("images without labels", path, PackedNames(list(walk_images(path, ignored))), ignored=ignored)
-    classes = [entry.name for entry in _entries(path) if not entry.name.startswith(".") and entry.is_dir()]
+    classes = [entry.name for entry in entries_of(path) if not entry.name.startswith(".") and entry.is_dir()]
     direct = list(walk_images(path, ignored, nested=False))
     per_class = [
         [os.path.join(name, image) for image in walk_images(os.path.join(path, name), ignored)] for name in classes
@@ -34,15 +34,16 @@ def open_folder(path: str, *, labelled: bool) -> Source:
     if direct:
         return Source("images without labels", path, PackedNames(direct), ignored=ignored)
     if names and SPLIT_NAMES.issuperset(name.lower() for name in classes):
-        found = os.path.join(path, next(name for name, images in zip(classes, per_class, strict=True) if images))
+        split = os.path.join(path, next(name for name, images in zip(classes, per_class, strict=True) if images))
         raise UserError(
-            f"the sub-folders of {path} are splits, not classes: give one of them as SOURCE, such as {found}"
+            f"the sub-folders of {path} are splits, not classes: give one of them as SOURCE, such as {split}"
         )
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(images) for images in per_class])
     return Source("class folders", path, PackedNames(names), {"label": labels}, classes, ignored)
 
 
-def _entries(folder: str) -> list[os.DirEntry[str]]:
+def entries_of(folder: str) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -63,9 +64,9 @@ def walk_images(
     Links to folders are followed, but not into a folder that we are in (``above``: device and inode of each), which
     would never end.
     """
-    own = os.stat(folder)
-    above = (*above, (own.st_dev, own.st_ino))
-    for entry in _entries(folder):
+    this = os.stat(folder)
+    above = (*above, (this.st_dev, this.st_ino))
+    for entry in entries_of(folder):
         if entry.name.startswith("."):
             ignored["hidden"] += 1
         elif entry.is_dir():

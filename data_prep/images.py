@@ -20,7 +20,7 @@ from PIL import Image
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 WRITE_MODES = ("jpg", "raw", "proportion", "smart")
 JPG, RAW = 0, 1  # FFCV's numbers for how an image is stored
-EXIF_ORIENTATION = 0x0112
+EXIF_ORIENTATION, BITS_PER_SAMPLE = 0x0112, 0x0102  # tags
 
 
 class UnreadableImage(Exception):
@@ -100,9 +100,7 @@ def _grey_8bit(image: Image.Image) -> np.ndarray:
             f"grey values of the type '{image.mode}' have no defined white: convert the file to 8 or 16 bits"
         )
     values = np.asarray(image).astype(np.uint32)
-    bits = (
-        image.tag_v2.get(258, (16,))[0] if image.format == "TIFF" else 16
-    )  # tag 258 = BitsPerSample, 12 from some cameras
+    bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] if image.format == "TIFF" else 16  # 12 from some cameras
     white = (1 << bits) - 1
     grey = ((np.minimum(values, white) * 255 + white // 2) // white).astype(np.uint8)
     transparent = image.info.get("transparency")
@@ -147,9 +145,8 @@ def target_size(height: int, width: int, *, max_resolution: int, resize_short: i
 
 def encode_image(pixels: np.ndarray, sample: int, encoding: Encoding) -> EncodedImage:
     """Store RGB uint8 [H, W, 3]. What ``proportion`` does depends on ``sample``, its position in the source, alone."""
-    height, width = target_size(
-        *pixels.shape[:2], max_resolution=encoding.max_resolution, resize_short=encoding.resize_short
-    )
+    bounds = {"max_resolution": encoding.max_resolution, "resize_short": encoding.resize_short}
+    height, width = target_size(*pixels.shape[:2], **bounds)
     if (height, width) != pixels.shape[:2]:
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)  # as FFCV's RGBImageField
     if _as_jpeg(pixels, sample, encoding):
@@ -171,8 +168,6 @@ def _as_jpeg(pixels: np.ndarray, sample: int, encoding: Encoding) -> bool:
 
 def uniform(sample: int) -> float:
     """A number in [0, 1) that depends on ``sample`` alone (one step of splitmix64)."""
-    mask = (1 << 64) - 1
-    state = (sample * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & mask
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-    return (state ^ (state >> 31)) / 2**64
+    from ijepa_ds.random_streams import GOLDEN, mix  # brings numba, a second for which other modes need not wait
+
+    return int(mix(np.uint64((sample + 1) * int(GOLDEN) % 2**64))) / 2**64

@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -45,6 +44,7 @@ from data_prep.scene_renderer import (
     render,
 )
 from ijepa_ds.errors import UserError, run_command
+from ijepa_ds.progress import Progress
 
 GENERATOR_VERSION = 1  # raise it with every change that changes an image or a label, in scene_renderer.py too
 SPLITS = {"train": 0, "val": 1}
@@ -81,9 +81,8 @@ def render_scene(seed: int, split: str, index: int, size: int) -> tuple[np.ndarr
     image = (255.0 * np.sqrt(np.minimum(image, 1.0)) + 0.5).astype(np.uint8)  # gamma 2
     scene = {"image_index": index, "image_filename": f"SCENES_{split}_{index:06d}.png", "split": split}
     scene["textures"] = [TEXTURES[int(kind)] for kind in surfaces[:, 0]]
-    scene["objects"] = [describe(o, camera, size) for o in objects]
-    for entry, fraction in zip(scene["objects"], seen.tolist(), strict=True):
-        entry["visible"] = round(fraction, 3)
+    entries = zip(objects, seen.tolist(), strict=True)
+    scene["objects"] = [describe(o, camera, size) | {"visible": round(fraction, 3)} for o, fraction in entries]
     return image, scene
 
 
@@ -121,14 +120,13 @@ def write_set(folder: Path, settings: dict, *, workers: int) -> None:
     scenes: dict[str, list[dict]] = {split: [] for split in SPLITS}
     write = partial(write_images, folder, seed, size)
     render_scene(seed, "train", 0, size)  # compiles once; the forked workers inherit it
-    start = reported = time.monotonic()
+    progress = Progress(total)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        for split, new in (map if workers == 1 else pool.map)(write, *zip(*jobs, strict=True)):
+        run = pool.map if workers > 1 else map
+        for split, new in run(write, *zip(*jobs, strict=True)):
             scenes[split] += new
-            done, now = sum(map(len, scenes.values())), time.monotonic()
-            if now - reported > 3.0 or done == total:
-                reported, rate = now, done / (now - start)
-                print(f"{done:,}/{total:,} images, {rate:,.0f}/s, {(total - done) / rate:.0f} s left", flush=True)
+            progress.show(sum(map(len, scenes.values())))
+    progress.end(total)
     for split in SPLITS:
         text = json.dumps({"info": settings | {"split": split}, "scenes": scenes[split]})
         (folder / "scenes" / f"CLEVR_{split}_scenes.json").write_text(text)
@@ -144,9 +142,9 @@ def make_scenes(out: Path, *, train: int, val: int, size: int, seed: int, worker
     settings = {"generator": "make_scenes", "version": GENERATOR_VERSION}
     settings |= {"train": train, "val": val, "size": size, "seed": seed}
     if (out / "settings.json").is_file():
-        found = (out / "settings.json").read_text()
-        if found != json.dumps(settings):
-            raise UserError(f"{out} was made with {found}, not {json.dumps(settings)}: name another OUT or delete it")
+        saved = (out / "settings.json").read_text()
+        if saved != json.dumps(settings):
+            raise UserError(f"{out} was made with {saved}, not {json.dumps(settings)}: name another OUT or delete it")
         print(f"{out} is complete with these settings; reused")
         return
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

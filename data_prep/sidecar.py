@@ -5,20 +5,20 @@ How all three files get their names only when they are complete.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import gzip
 import importlib.metadata
 import json
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_prep.images import Encoding
 from data_prep.source import Source
-from ijepa_ds.files import checksum, sync, temporary_beside
+from ijepa_ds.files import checksum, replacing, sync
 
 if TYPE_CHECKING:
     from data_prep.beton_writer import BetonWriter
@@ -69,23 +69,16 @@ def packed_names(writer: BetonWriter, source: Source) -> bytes:
     return gzip.compress(b"".join(os.fsencode(line) + b"\n" for line in lines), mtime=0)
 
 
-def publish(beton: str, temporary: str, note: dict, names: bytes) -> None:
+def publish(beton: str, temporary: Path, note: dict, names: bytes) -> None:
     """Give the finished ``temporary`` the name ``beton`` and write its note and its names beside it.
 
     A crash in between leaves a .beton without a note or names, never with another file's.
     """
-    contents = {sidecar_path(beton): json.dumps(note, indent=1).encode(), names_path(beton): names}
-    with contextlib.ExitStack() as stack:
-        temporaries = {path: stack.enter_context(temporary_beside(path)) for path in contents}
-        for path, content in contents.items():
-            with open(temporaries[path], "wb") as file:
-                file.write(content)
-            sync(temporaries[path])
+    with replacing(names_path(beton)) as new_names, replacing(sidecar_path(beton)) as new_note:
+        for path, content in ((new_names, names), (new_note, json.dumps(note, indent=1).encode())):
+            path.write_bytes(content)
+            sync(path)  # a full disk is noticed before the .beton has its name
         sync(temporary)
-        for path in contents:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
+        for path in (names_path(beton), sidecar_path(beton)):
+            Path(path).unlink(missing_ok=True)
         os.replace(temporary, beton)
-        for path in contents:
-            os.replace(temporaries[path], path)
-    sync(os.path.dirname(os.path.abspath(beton)))

@@ -9,12 +9,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-NETPBM_SUFFIXES = {".ppm", ".pgm", ".pbm", ".pnm"}
-
-
 JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".jp2"}
-
-
+NETPBM_SUFFIXES = {".ppm", ".pgm", ".pbm", ".pnm"}
 IMAGE_SUFFIXES = JPEG_SUFFIXES | NETPBM_SUFFIXES | {".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif"}
 
 

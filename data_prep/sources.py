@@ -11,14 +11,13 @@ from collections import Counter
 
 from data_prep.clevr import clevr_splits, open_clevr
 from data_prep.folders import open_folder
+from data_prep.imagenet import label_validation, open_imagenet_tar
 from data_prep.source import Source
 from ijepa_ds.errors import UserError
 
 
 def open_source(path: str, *, split: str | None, devkit: str | None, labelled: bool) -> Source:
     """Find out what ``path`` is and list its images. Raises UserError where that cannot be told or nothing is there."""
-    from data_prep.imagenet import label_validation, open_imagenet_tar  # it builds on this file
-
     if not os.path.exists(path):
         raise UserError(f"SOURCE {path} does not exist: check the path")
     is_clevr = bool(clevr_splits(path)) and os.path.isdir(os.path.join(path, "images"))
@@ -42,10 +41,5 @@ def open_source(path: str, *, split: str | None, devkit: str | None, labelled: b
 
 
 def _seen_instead(ignored: Counter[str]) -> str:
-    if not ignored:
-        return ": it is empty"
-    return (
-        ", only "
-        + ", ".join(f"{count} x {what}" for what, count in ignored.most_common(5))
-        + ": give the images' folder"
-    )
+    kinds = ", ".join(f"{count} x {what}" for what, count in ignored.most_common(5))
+    return f", only {kinds}: give the images' folder" if ignored else ": it is empty"

@@ -28,7 +28,7 @@ from data_prep.images import WRITE_MODES, Encoding, UnreadableImage, decode_rgb,
 from data_prep.sidecar import describe, packed_names, publish
 from data_prep.source import Source
 from data_prep.sources import open_source
-from ijepa_ds.errors import UserError, run_command
+from ijepa_ds.errors import UserError, hide_finalizers_of_numba, listing, run_command
 from ijepa_ds.files import temporary_beside
 
 MAX_RESOLUTION = 8192  # of either side; an image must fit into one page of memory per worker
@@ -41,57 +41,35 @@ class Terminated(KeyboardInterrupt):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="to_ffcv.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="folder, ImageNet tar, or folder in CLEVR's layout")
-    parser.add_argument("out", nargs="?", metavar="OUT.beton")
-    parser.add_argument(
-        "--verify", metavar="FILE.beton", help="check a .beton: checksum, and that every sample decodes"
-    )
-    parser.add_argument(
-        "--max-resolution",
-        type=int,
-        metavar="PIXELS",
-        help="bound of the longer side (default 512, or 2 x --resize-short)",
-    )
-    parser.add_argument(
-        "--resize-short", type=int, metavar="PIXELS", help="shrink so that the shorter side has this (default: no)"
-    )
-    parser.add_argument("--write-mode", choices=WRITE_MODES, default="jpg", help="how pixels are stored (default jpg)")
-    parser.add_argument("--jpeg-quality", type=int, default=90, metavar="1-100", help="default 90")
-    parser.add_argument(
-        "--compress-probability", type=float, metavar="P", help="proportion: share stored as JPEG (default 0.5)"
-    )
-    parser.add_argument(
-        "--smart-threshold", type=int, metavar="BYTES", help="smart: raw images above this are stored as JPEG"
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes (default: the cores that this process may use)"
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="only N images, evenly spread over the source")
-    parser.add_argument("--split", help="CLEVR: which split")
-    parser.add_argument(
-        "--devkit",
-        metavar="PATH",
-        help="labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz or its folder",
-    )
-    parser.add_argument(
-        "--no-labels", action="store_true", help="write no labels; a folder's sub-folders are not classes then"
-    )
-    parser.add_argument(
-        "--skip-unreadable",
-        action="store_true",
-        help="leave out files that cannot be read instead of failing at the end",
-    )
-    parser.add_argument("--force", action="store_true", help="replace OUT.beton where it exists")
+    """Read the command line and fill in the defaults that depend on the machine or on another option."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="to_ffcv.py", description=__doc__, formatter_class=layout)
+    add = parser.add_argument
+    add("source", nargs="?", metavar="SOURCE", help="folder, ImageNet tar, or folder in CLEVR's layout")
+    add("out", nargs="?", metavar="OUT.beton")
+    add("--verify", metavar="FILE.beton", help="check a .beton: checksum, and that every sample decodes")
+    bound = "bound of the longer side (default 512, or 2 x --resize-short)"
+    add("--max-resolution", type=int, metavar="PIXELS", help=bound)
+    short = "shrink so that the shorter side has this (default: no)"
+    add("--resize-short", type=int, metavar="PIXELS", help=short)
+    add("--write-mode", choices=WRITE_MODES, default="jpg", help="how pixels are stored (default jpg)")
+    add("--jpeg-quality", type=int, default=90, metavar="1-100", help="default 90")
+    add("--compress-probability", type=float, metavar="P", help="proportion: share stored as JPEG (default 0.5)")
+    add("--smart-threshold", type=int, metavar="BYTES", help="smart: raw images above this are stored as JPEG")
+    add("--workers", type=int, metavar="N", help="processes (default: the cores that this process may use)")
+    add("--limit", type=int, metavar="N", help="only N images, evenly spread over the source")
+    add("--split", help="CLEVR: which split")
+    kit = "labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz or its folder"
+    add("--devkit", metavar="PATH", help=kit)
+    add("--no-labels", action="store_true", help="write no labels; a folder's sub-folders are not classes then")
+    skip = "leave out files that cannot be read instead of failing at the end"
+    add("--skip-unreadable", action="store_true", help=skip)
+    add("--force", action="store_true", help="replace OUT.beton where it exists")
     arguments = parser.parse_args(argv)
     if arguments.workers is None:
-        arguments.workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        arguments.workers = len(os.sched_getaffinity(0))
     if arguments.max_resolution is None:
-        arguments.max_resolution = (
-            512 if arguments.resize_short is None else min(2 * arguments.resize_short, MAX_RESOLUTION)
-        )
+        arguments.max_resolution = min(2 * (arguments.resize_short or 256), MAX_RESOLUTION)
     return arguments
 
 
@@ -99,9 +77,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UserError for values and combinations that cannot be meant."""
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}: give 1 or more")
+    if arguments.verify is not None and arguments.source is not None:
+        raise UserError("--verify checks a finished file: give either --verify FILE.beton, or SOURCE and OUT.beton")
     if arguments.verify is not None:
-        if arguments.source is not None:
-            raise UserError("--verify checks a finished file: give either --verify FILE.beton, or SOURCE and OUT.beton")
         return
     if arguments.out is None:
         raise UserError(
@@ -114,12 +92,16 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("--compress-probability is for --write-mode proportion: add that, or leave it out")
     if arguments.devkit is not None and arguments.no_labels:
         raise UserError("--devkit gives labels and --no-labels drops them: leave one of them out")
-    if not arguments.out.endswith(".beton"):
-        raise UserError(f"OUT is {arguments.out}: give a name that ends in .beton (the order is SOURCE OUT.beton)")
-    if os.path.isdir(arguments.out):
-        raise UserError(f"{arguments.out} is a folder: give another name for OUT.beton")
-    if os.path.exists(arguments.out) and not arguments.force:
-        raise UserError(f"{arguments.out} exists already: give another name, or --force to replace it")
+    _check_out(arguments.out, force=arguments.force)
+
+
+def _check_out(out: str, *, force: bool) -> None:
+    if not out.endswith(".beton"):
+        raise UserError(f"OUT is {out}: give a name that ends in .beton (the order is SOURCE OUT.beton)")
+    if os.path.isdir(out):
+        raise UserError(f"{out} is a folder: give another name for OUT.beton")
+    if os.path.exists(out) and not force:
+        raise UserError(f"{out} exists already: give another name, or --force to replace it")
 
 
 def _check_range(arguments: argparse.Namespace) -> None:
@@ -160,9 +142,8 @@ def convert(arguments: argparse.Namespace) -> int:
         num_samples = write_beton(arguments, source, encoding)
     except OSError as error:
         why = error.strerror or str(error)
-        raise UserError(
-            f"cannot write {arguments.out} ({why}): make room, mend that or choose another place"
-        ) from error
+        message = f"cannot write {arguments.out} ({why}): make room, mend that or choose another place"
+        raise UserError(message) from error
     size, seconds = os.path.getsize(arguments.out), time.monotonic() - started
     print(f"{arguments.out}: {num_samples:,} samples, {gigabytes(size)}, {seconds:,.1f} s")
     return 0
@@ -201,10 +182,8 @@ def write_beton(arguments: argparse.Namespace, source: Source, encoding: Encodin
     from data_prep.beton_writer import BetonWriter
 
     with temporary_beside(arguments.out) as temporary:
-        num_workers = min(arguments.workers, len(source))
-        writer = BetonWriter(
-            str(temporary), labels=source.labels, max_resolution=encoding.max_resolution, num_workers=num_workers
-        )
+        workers, resolution = min(arguments.workers, len(source)), encoding.max_resolution
+        writer = BetonWriter(str(temporary), labels=source.labels, max_resolution=resolution, num_workers=workers)
         writer.write(source, encoding)
         report_unreadable(source, writer.unreadable)
         if writer.unreadable and not arguments.skip_unreadable:
@@ -240,10 +219,10 @@ def gigabytes(size: float) -> str:
 
 
 def report_unreadable(source: Source, unreadable: dict[int, str]) -> None:
-    for sample in sorted(unreadable)[:SHOWN]:
-        print(f"unreadable: {printable(source.names[sample])}: {unreadable[sample]}", file=sys.stderr)
-    if len(unreadable) > SHOWN:
-        print(f"and {len(unreadable) - SHOWN} more", file=sys.stderr)
+    """List on stderr which files could not be read, and why."""
+    if unreadable:
+        each = [f"{printable(source.names[sample])}: {unreadable[sample]}" for sample in sorted(unreadable)]
+        print(f"unreadable:{listing(each, SHOWN)}", file=sys.stderr)
 
 
 def printable(name: str) -> str:
@@ -264,8 +243,8 @@ def termination_as_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in heard}
+    handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in handled}
     try:
         yield
     finally:
@@ -289,12 +268,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 143 if isinstance(interrupt, Terminated) else 130
 
 
-def hide_numba_at_exit() -> None:
-    """numba may complain of its own clean-up at the end ("Exception ignored in: <finalize object ...>")."""
-    shown = sys.unraisablehook
-    sys.unraisablehook = lambda problem: None if type(problem.object).__name__ == "finalize" else shown(problem)
-
-
 if __name__ == "__main__":
-    hide_numba_at_exit()
+    hide_finalizers_of_numba()
     run_command(main)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 
 SHOWN = 8  # of many names, how many a sentence spells out
@@ -27,6 +29,19 @@ def some(names: Iterable[object], shown: int = SHOWN) -> str:
     return ", ".join(texts[:shown]) + (f" and {len(texts) - shown} more" if len(texts) > shown else "")
 
 
-def listing(problems: Sequence[str]) -> str:
-    """All problems, each on a line of its own below the sentence that this is appended to."""
-    return "".join(f"\n  - {problem}" for problem in problems)
+def listing(problems: Sequence[str], shown: int | None = None) -> str:
+    """All problems or the first ``shown``, each on a line of its own below the sentence that this is appended to."""
+    more = len(problems) - len(problems[:shown])
+    return "".join(f"\n  - {problem}" for problem in problems[:shown]) + (f"\n  - and {more} more" if more else "")
+
+
+@functools.cache
+def hide_finalizers_of_numba() -> None:
+    """Keep numba's harmless KeyError from stderr, which it reports when a compiled pipeline is collected."""
+    report = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if not (unraisable.exc_type is KeyError and isinstance(unraisable.object, weakref.finalize)):
+            report(unraisable)
+
+    sys.unraisablehook = hook

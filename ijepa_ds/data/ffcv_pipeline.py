@@ -7,10 +7,7 @@ same pixels arrive for any world size, micro-batch, worker count, and after a re
 
 from __future__ import annotations
 
-import functools
 import queue
-import sys
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +28,7 @@ from ffcv.traversal_order.base import TraversalOrder
 
 from ijepa_ds.data.beton import Dataset
 from ijepa_ds.data.crops import is_flipped, mirror
-from ijepa_ds.errors import UserError, some
+from ijepa_ds.errors import UserError, hide_finalizers_of_numba, some
 from ijepa_ds.method import masks
 from ijepa_ds.random_streams import CROP, stream
 
@@ -39,18 +36,6 @@ TIME_SHIFT = np.uint64(32)
 _SAMPLE = np.uint64(0xFFFFFFFF)
 _STALL_SECONDS = 1.0  # how often a waiting consumer looks whether the loading thread is still alive
 _BATCHES_AHEAD = 3
-
-
-@functools.cache
-def _hide_finalizers_of_numba() -> None:
-    """numba reports a harmless KeyError when a compiled pipeline is collected; nobody should have to read it."""
-    report = sys.unraisablehook
-
-    def hook(unraisable: sys.UnraisableHookArgs) -> None:
-        if not (unraisable.exc_type is KeyError and isinstance(unraisable.object, weakref.finalize)):
-            report(unraisable)
-
-    sys.unraisablehook = hook
 
 
 class DecodeError(UserError):
@@ -229,7 +214,7 @@ class Pipeline:
     """An FFCV loader over given keys, in order. Compiling it takes seconds, so it's made once and traversed often."""
 
     def __init__(self, dataset: Dataset, pipelines: dict[str, PipelineSpec], *, batch_size: int, num_workers: int):
-        _hide_finalizers_of_numba()
+        hide_finalizers_of_numba()
         self.batch_size = batch_size
         self.num_workers = max(1, min(num_workers, numba.config.NUMBA_NUM_THREADS))
         reader = Reader(dataset.path)

@@ -23,7 +23,8 @@ from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.results import Head, Results, TaskResult
 
 # Okabe and Ito's colours, distinct for colour-blind readers too; cividis is even for them as well.
-PALETTE = BLUE, _, _, _, _, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+BLUE, RED = PALETTE[0], PALETTE[-1]
 GREY, LIGHT_GREY = "#8C8C8C", "#DDDDDD"
 RANDOM = "random encoder"  # the bar that has deviations
 COLOUR_MAP = "cividis"

@@ -23,6 +23,7 @@ from ffcv.reader import Reader
 from PIL import Image, ImageOps, PngImagePlugin
 
 from data_prep import beton_writer, images, sources, to_ffcv
+from data_prep.source import PackedNames
 from ijepa_ds.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -362,6 +363,8 @@ def test_the_number_of_workers_changes_nothing(classes: Path, tmp_path: Path, op
 
 
 def test_proportion_and_smart() -> None:
+    expected = [0.8833108082136427, 0.43152799704851, 0.9986303058745142]
+    assert [images.uniform(sample) for sample in (0, 1, 123456)] == expected  # files were made with them
     share = np.mean([images.uniform(sample) < 0.3 for sample in range(20_000)])
     assert abs(share - 0.3) < 0.01
     pixels = np.asarray(picture(0))
@@ -601,6 +604,6 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
 
 def test_packed_names() -> None:
     names = ["", "a", "ünï", "", "longer name"]
-    packed = sources.PackedNames(names)
+    packed = PackedNames(names)
     assert [packed[index] for index in range(len(packed))] == names
     assert [packed.take(np.array([4, 1]))[index] for index in range(2)] == ["longer name", "a"]
