@@ -44,6 +44,8 @@ def infer_config(encoder: ForeignEncoder, predictor: TensorSizes | None = None) 
     data = {"train": _TRAIN, "image_size": rows if rows == columns else [rows, columns]}
     for file in sorted(_RECIPES.glob("*.json")):
         raw = json.loads(file.read_text())
+        if "ijepa" not in raw:
+            continue  # the schema
         own = raw["ijepa"]
         same_size = own["data"].get("image_size", 224) == data["image_size"]
         if same_size and all(own["model"].get(key) == value for key, value in model.items()):
