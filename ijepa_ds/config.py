@@ -172,7 +172,7 @@ class ZeroOptimization(Checked):
             "which holds even ViT-g on one 80 GB GPU",
         ),
     ] = Field(
-        0,
+        default=0,
         description="what is sharded: 1 the optimizer's state, 2 gradients too",
         json_schema_extra={"enum": [0, 1, 2]},
     )

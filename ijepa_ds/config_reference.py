@@ -12,6 +12,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core.core_schema import WithDefaultSchema
 
 from ijepa_ds.config import CHANGEABLE, ConfigFile, IJEPAConfig
+from ijepa_ds.exchange.reference_yaml import Released
 from ijepa_ds.files import PROJECT, replacing
 from ijepa_ds.validation import Checked, section_of
 
@@ -21,6 +22,10 @@ _INTRODUCTION = """# All settings
 A configuration is a DeepSpeed JSON with one more object, `"ijepa"`; `--set KEY=JSON` changes one value. Editors check
 and complete a file that names `ds_configs/schema.json` under `"$schema"`. Only what is marked may change when a run is
 resumed. This page and the schema are written by `python -m ijepa_ds.config_reference`.
+"""
+_RELEASED = """## From the released code's YAML
+
+What `python -m ijepa_ds convert-config` makes of each key; any other is refused.
 """
 _KINDS = {
     "integer": "whole number",
@@ -53,9 +58,11 @@ def schema() -> str:
 
 def table() -> str:
     """The page with every setting's default, values and meaning."""
-    sections = {f"ijepa.{name}": section_of(field.annotation) for name, field in IJEPAConfig.model_fields.items()}
-    models = {"": ConfigFile, **{name: model for name, model in sections.items() if model}, "ijepa": IJEPAConfig}
-    return "\n".join([_INTRODUCTION, *(_section(name, model) for name, model in models.items())])
+    parts = [_INTRODUCTION, _section("", ConfigFile)]
+    for name, field in IJEPAConfig.model_fields.items():
+        if model := section_of(field.annotation):
+            parts.append(_section(f"ijepa.{name}", model))
+    return "\n".join([*parts, _section("ijepa", IJEPAConfig), _released()])
 
 
 def _section(name: str, model: type[Checked]) -> str:
@@ -78,6 +85,17 @@ def _section(name: str, model: type[Checked]) -> str:
             "may change" if values.items() >= CHANGEABLE.items() else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _released() -> str:
+    lines = [_RELEASED, "| key there | key here | |", "|---|---|---|"]
+    for section, key, field, ours in Released.fields():
+        if ours:
+            shown = f"`{ours}`"
+        else:
+            shown = "-" if field.annotation is Any else f"must be `{json.dumps(field.default)}`"
+        lines.append(f"| `{section}.{key}` | {shown} | {field.description} |")
     return "\n".join(lines) + "\n"
 
 

@@ -16,7 +16,7 @@ GROUND = "__init__ errors files progress validation random_streams distributed"
 MAY_IMPORT = {
     "method": "",
     "config": "",
-    "config_reference": "config",
+    "config_reference": "config exchange",
     "data": "method",
     "engine": "method config",
     "run": "method config engine",

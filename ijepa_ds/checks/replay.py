@@ -79,17 +79,17 @@ def replay(trace: Trace, process: Process, *, engine: bool, precision: str) -> i
     """Print the comparison; returns the exit code."""
     say = print if process.is_main else lambda *_, **__: None
     trainer = (_Engine if engine else _Plain)(trace, process, precision)
-    judged = precision == "fp32" and trace.settings.get("dtype", "float32") == "float32"
+    judged = precision == "fp32" and trace.settings.dtype == "float32"
     where = f"DeepSpeed ZeRO-2 on {process.world_size} processes" if engine else "without DeepSpeed"
-    say(f"{trace.path}: {trace.num_steps} steps of {trace.settings['batch_size']} images; {where}, {precision}")
+    say(f"{trace.path}: {len(trace.settings.steps)} steps of {trace.settings.batch_size} images; {where}, {precision}")
     worst = _Worst(judged)
     say(f"\n{'step':>6}  {'':<22}{'ours':>20}{'recorded':>20}{'relative':>12}")
     features: dict[str, float] = {}
-    for step in range(trace.num_steps):
+    for step in range(len(trace.settings.steps)):
         inputs = _inputs(trace, step, process)
         if step == 0:
             features = _feature_differences(trace, trainer, inputs, process)
-        ours, recorded = trainer.step(step, *inputs), trace.recorded(step)
+        ours, recorded = trainer.step(step, *inputs), trace.settings.steps[step].model_dump()
         for name, tolerance in RELATIVE_TOLERANCES.items():
             difference = _relative(ours[name], recorded[name])
             worst.note(f"step {step}: {name}", difference, tolerance)
@@ -265,21 +265,21 @@ def _models(trace: Trace) -> tuple[IJEPA, VisionTransformer]:
 def _schedules(trace: Trace) -> Schedules:
     recipe = trace.settings
     return build_schedules(
-        steps_per_epoch=recipe["iterations_per_epoch"],
-        epochs=recipe["epochs"],
-        warmup_epochs=recipe["warmup_epochs"],
-        schedule_scale=recipe.get("ipe_scale", 1.0),
-        lr_start=recipe["lr"]["start"],
-        lr_peak=recipe["lr"]["peak"],
-        lr_final=recipe["lr"]["final"],
-        weight_decay=tuple(recipe["weight_decay"]),
-        momentum=tuple(recipe["ema"]),
+        steps_per_epoch=recipe.iterations_per_epoch,
+        epochs=recipe.epochs,
+        warmup_epochs=recipe.warmup_epochs,
+        schedule_scale=recipe.ipe_scale,
+        lr_start=recipe.lr.start,
+        lr_peak=recipe.lr.peak,
+        lr_final=recipe.lr.final,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.ema,
     )
 
 
 def _config(trace: Trace, process: Process, precision: str) -> Config:
     """What the engine reads of a configuration; the model is built from the trace itself."""
-    batch = trace.settings["batch_size"]
+    batch = trace.settings.batch_size
     raw = {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": max(1, batch // process.world_size),
@@ -288,8 +288,8 @@ def _config(trace: Trace, process: Process, precision: str) -> Config:
         "torch_autocast": {"enabled": precision == "autocast", "dtype": "bfloat16"},
         "ijepa": {
             "run": {"name": "replay"},
-            "data": {"train": str(trace.path), "image_size": list(trace.image_size)},
-            "model": {"patch_size": trace.settings["patch_size"]},
+            "data": {"train": str(trace.path), "image_size": list(trace.settings.image_size)},
+            "model": {"patch_size": trace.settings.patch_size},
         },
     }
     if batch % process.world_size:
@@ -320,9 +320,9 @@ def _feature_differences(trace: Trace, trainer: _Plain, inputs: tuple, process: 
     images, context_block, target_blocks = inputs
     target = trainer.target_encoder
     images = images.to(target.dtype)
-    own = _share(trace.settings["batch_size"], process)
+    own = _share(trace.settings.batch_size, process)
     recorded = trace.tensor("step0/predictions")  # [M * B, T, D], block-major
-    recorded = recorded.unflatten(0, (trace.settings["targets"], -1))[:, own].flatten(0, 1)
+    recorded = recorded.unflatten(0, (trace.settings.targets, -1))[:, own].flatten(0, 1)
     module = trainer.module
     pairs = {
         "target_features": (normalize_targets(target.features(images)), trace.tensor("step0/target_features")[own]),
