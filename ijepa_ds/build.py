@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -28,11 +27,10 @@ class Reader(Protocol):
 
 def encoder_dimensions(config: Config) -> Dimensions:
     """The encoder's size: the named one with what the config overrides."""
-    model = config.ijepa.model
-    overrides = {key: getattr(model, key) for key in ("width", "depth", "heads", "mlp_ratio")}
-    dimensions = dataclasses.replace(
-        dimensions_of(model.encoder), **{key: value for key, value in overrides.items() if value is not None}
-    )
+    model, named = config.ijepa.model, dimensions_of(config.ijepa.model.encoder)
+    width, ratio = model.width or named.width, model.mlp_ratio or named.hidden / named.width
+    hidden = max(1, int(width * ratio))
+    dimensions = Dimensions(width, model.depth or named.depth, model.heads or named.heads, hidden)
     heads = model.predictor_heads or dimensions.heads
     for key, width, count in (
         ("width", dimensions.width, dimensions.heads),
@@ -48,7 +46,7 @@ def encoder_dimensions(config: Config) -> Dimensions:
 def build_sampler(config: Config) -> MaskSampler:
     """The mask sampler; refuses a grid on which no valid draw exists."""
     masks = config.ijepa.masks
-    shared = {
+    shared: dict[str, Any] = {
         "seed": config.ijepa.run.seed,
         "grid": config.grid,
         "num_targets": masks.num_targets,

@@ -61,7 +61,7 @@ class RunConfig(Checked):
     folder: str = changeable_on_resume("runs", "where the folders of runs are")
     seed: int = fixed(0, "of order, crops, masks and initial weights", ge=0, le=2**63 - 1)
     stop_after_steps: Count | None = changeable_on_resume(
-        None, "end early, with a checkpoint; the schedules keep their length"
+        None, "end after so many, with a checkpoint; the schedules keep their length"
     )
 
 
@@ -84,13 +84,13 @@ class ModelConfig(Checked):
 
     patch_size: int = fixed(..., "side of a patch in pixels", ge=1, le=256)
     encoder: str = fixed("huge", "tiny, small, base, large, huge, giant or any plain ViT of timm")
-    width: Width | None = fixed(None, "instead of the named encoder's")
-    depth: Count | None = fixed(None, "in blocks, instead of the named encoder's")
-    heads: Count | None = fixed(None, "of attention, instead of the named encoder's")
-    mlp_ratio: float | None = fixed(None, "hidden width of the MLPs over `width`, instead of the encoder's", ge=0.1)
+    width: Width | None = fixed(None, "of its tokens, instead of the named encoder's")
+    depth: Count | None = fixed(None, "number of blocks, instead of the named encoder's")
+    heads: Count | None = fixed(None, "attention heads, instead of the named encoder's")
+    mlp_ratio: float | None = fixed(None, "hidden width of the MLPs over `width`, likewise", ge=0.1)
     predictor_width: Width = fixed(384, "of the predictor's tokens")
-    predictor_depth: Count = fixed(12, "in blocks")
-    predictor_heads: Count | None = fixed(None, "of attention; null: as many as the encoder")
+    predictor_depth: Count = fixed(12, "number of blocks")
+    predictor_heads: Count | None = fixed(None, "attention heads; null: as many as the encoder has")
     activation_checkpointing: bool = changeable_on_resume(
         False, "keep the activations of one block alone: less memory, about a third more arithmetic"
     )
@@ -113,12 +113,12 @@ class OptimizationConfig(Checked):
     """AdamW and its schedules; defaults are those of the released ViT-H/14 run."""
 
     epochs: float = fixed(300.0, "passes over the training images", ge=1e-6, le=1e6)
-    warmup_epochs: NotNegative = fixed(40.0, "in which the learning rate rises")
+    warmup_epochs: NotNegative = fixed(40.0, "epochs in which the learning rate rises")
     schedule_scale: float = fixed(1.0, "the schedules' length over the run's", ge=1e-3, le=100)
     lr_start: NotNegative = fixed(2e-4, "learning rate of the first step")
     lr_peak: NotNegative = fixed(1e-3, "learning rate after the warm-up")
     lr_final: NotNegative = fixed(1e-6, "learning rate at the schedule's end")
-    weight_decay: Pair[NotNegative] = fixed((0.04, 0.4), "first and last")
+    weight_decay: Pair[NotNegative] = fixed((0.04, 0.4), "of weights, not of biases and norms; first and last")
     momentum: Pair[Unit] = fixed((0.996, 1.0), "of the target encoder's average, first and last")
     betas: Pair[Unit] = fixed((0.9, 0.999), "of AdamW")
     eps: NotNegative = fixed(1e-8, "of AdamW")
@@ -127,10 +127,10 @@ class OptimizationConfig(Checked):
 class MonitorConfig(Checked):
     """What is shown, and how often; 0 turns a part off."""
 
-    log_steps: Count = changeable_on_resume(50, "from one line of scalars to the next")
-    health_steps: int = changeable_on_resume(1000, "from one look at the features to the next", ge=0)
-    picture_steps: int = changeable_on_resume(5000, "from one picture to the next", ge=0)
-    knn_epochs: NotNegative = changeable_on_resume(10.0, "from one kNN accuracy to the next")
+    log_steps: Count = changeable_on_resume(50, "steps from one line of scalars to the next")
+    health_steps: int = changeable_on_resume(1000, "steps from one look at the features to the next", ge=0)
+    picture_steps: int = changeable_on_resume(5000, "steps from one picture to the next", ge=0)
+    knn_epochs: NotNegative = changeable_on_resume(10.0, "epochs from one kNN accuracy to the next")
     knn_train_images: Count = changeable_on_resume(50000, "labelled images among which neighbours are sought")
     knn_validation_images: Count = changeable_on_resume(10000, "images that are classified")
 
@@ -138,8 +138,8 @@ class MonitorConfig(Checked):
 class CheckpointConfig(Checked):
     """A checkpoint is written every so many minutes or steps, whichever comes first, and at the end."""
 
-    minutes: NotNegative = changeable_on_resume(30.0, "from one checkpoint to the next; 0: by steps alone")
-    steps: int = changeable_on_resume(0, "from one checkpoint to the next; 0: by minutes alone", ge=0)
+    minutes: NotNegative = changeable_on_resume(30.0, "minutes from one checkpoint to the next; 0: by steps alone")
+    steps: int = changeable_on_resume(0, "steps from one checkpoint to the next; 0: by minutes alone", ge=0)
     keep: Count = changeable_on_resume(2, "checkpoints that stay")
 
 
@@ -172,7 +172,7 @@ class ZeroOptimization(Checked):
             "which holds even ViT-g on one 80 GB GPU",
         ),
     ] = Field(
-        0,
+        default=0,
         description="what is sharded: 1 the optimizer's state, 2 gradients too",
         json_schema_extra={"enum": [0, 1, 2]},
     )
@@ -185,33 +185,33 @@ class ZeroOptimization(Checked):
 
 
 class ConfigFile(Checked):
-    """A file: DeepSpeed's top-level keys that make sense here (it ignores any other silently), and "ijepa"."""
+    """DeepSpeed's keys that make sense here, and "ijepa". DeepSpeed ignores any other silently; here it is refused."""
 
     unknown: ClassVar[str] = "is not a key of DeepSpeed that this project uses"
 
     train_batch_size: Count = fixed(..., "images of one optimizer step, over all processes")
     train_micro_batch_size_per_gpu: Count = changeable_on_resume(..., "images of one forward pass of one process")
-    zero_optimization: ZeroOptimization = changeable_on_resume(ZeroOptimization(), "ZeRO; stages 0 to 2")
+    zero_optimization: ZeroOptimization = changeable_on_resume(
+        ZeroOptimization(), "ZeRO's `stage` (0, 1, 2) and its other keys"
+    )
     bf16: dict[str, Any] = fixed({}, 'bf16 weights with fp32 masters: {"enabled": true}')
     torch_autocast: dict[str, Any] = fixed({}, 'fp32 weights under autocast: {"enabled": true, "dtype": "bfloat16"}')
     data_types: dict[str, Any] = changeable_on_resume({}, "grad_accum_dtype: fp32 with bf16 weights where not said")
     gradient_clipping: Any = fixed(0.0, "largest gradient norm; 0: none, as I-JEPA has it")
     communication_data_type: Any = changeable_on_resume(None, "of gradients between processes")
-    prescale_gradients: Any = changeable_on_resume(None, "divide before gradients are summed")
-    gradient_predivide_factor: Any = changeable_on_resume(None, "by what")
-    gradient_allreduce_op: Any = changeable_on_resume(None, "how gradients are joined")
-    steps_per_print: Any = changeable_on_resume(
-        10**9, "from one line of DeepSpeed's to the next; ours are the monitor's"
-    )
+    prescale_gradients: Any = changeable_on_resume(None, "divide gradients before they are summed")
+    gradient_predivide_factor: Any = changeable_on_resume(None, "by what prescale_gradients divides")
+    gradient_allreduce_op: Any = changeable_on_resume(None, "how gradients of processes are joined")
+    steps_per_print: Any = changeable_on_resume(10**9, "from one line of DeepSpeed's own to the next")
     wall_clock_breakdown: Any = changeable_on_resume(None, "print the time of forward, backward and step")
-    memory_breakdown: Any = changeable_on_resume(None, "print memory")
+    memory_breakdown: Any = changeable_on_resume(None, "print the memory in use")
     dump_state: Any = changeable_on_resume(None, "print the engine's state")
-    disable_python_gc: Any = changeable_on_resume(None, "no collection of garbage within a step")
+    disable_python_gc: Any = changeable_on_resume(None, "collect no garbage while training")
     comms_logger: Any = changeable_on_resume(None, "log communication")
-    flops_profiler: Any = changeable_on_resume(None, "profile arithmetic")
-    timers: Any = changeable_on_resume(None, "of throughput")
+    flops_profiler: Any = changeable_on_resume(None, "profile a step's arithmetic")
+    timers: Any = changeable_on_resume(None, "DeepSpeed's timers")
     log_level: Any = changeable_on_resume(None, "of DeepSpeed's messages")
-    zero_allow_untested_optimizer: Any = changeable_on_resume(True, "always true: torch's AdamW is such a one")
+    zero_allow_untested_optimizer: Any = changeable_on_resume(True, "always true: the optimizer is torch's AdamW")
     ijepa: IJEPAConfig
 
 

@@ -7,10 +7,13 @@ import json
 import re
 import typing
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
+
+from ijepa_ds.errors import UserError, listing
 
 # pydantic's types of errors -> what is said of a value; in braces, what pydantic tells with the error.
 _COMPLAINTS = {
@@ -22,6 +25,7 @@ _COMPLAINTS = {
     "list_type": "must be a list",
     "greater_than_equal": "must be at least {ge:g}",
     "less_than_equal": "must be at most {le:g}",
+    "too_short": "must hold at least {min_length}",
     "multiple_of": "must be a multiple of {multiple_of}",
     "value_error": "{error}",
 }
@@ -56,6 +60,18 @@ def check(model: type[Model], raw: object, prefix: str = "") -> tuple[Model | No
         return model.model_validate(raw), []
     except ValidationError as error:
         return None, [_problem(model, detail, prefix) for detail in error.errors(include_url=False)]
+
+
+def read_json(model: type[Model], path: Path, complaint: str) -> Model:
+    """Return what a JSON file holds; it is refused with all its problems, which follow ``complaint``."""
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: it is missing or damaged ({error}); get it again") from None
+    values, problems = check(model, raw)
+    if values is None:
+        raise UserError(f"{path} {complaint}:{listing(problems)}")
+    return values
 
 
 def must(fits: Callable[[Any], bool], complaint: str) -> AfterValidator:
@@ -115,17 +131,19 @@ def _problem(model: type[BaseModel], detail: ErrorDetails, prefix: str) -> str:
     key = key.lstrip(".")
     if kind == "missing":
         return f"{key} is missing"
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        model = (section_of(field.annotation) if field else None) or model
     if kind == "extra_forbidden":
-        for part in location[:-1]:
-            model = section_of(model.model_fields[str(part)].annotation) or model
         unknown = getattr(model, "unknown", Checked.unknown)
         return f"{key} {unknown}{nearest(str(location[-1]), model.model_fields)}"
     if kind in ("model_type", "dict_type"):
-        return f"{key} must be an object, not {json_kind(value)}"
+        return f"{key or 'it'} must be an object, not {json_kind(value)}"
+    complaint = _COMPLAINTS.get(kind, detail["msg"].replace("Input should", "must")).format(**context)
     if kind == "literal_error":
-        choices = re.findall("'(.*?)'", context["expected"]) or [context["expected"]]
+        choices = re.findall("'(.*?)'", context["expected"])
         close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
         complaint = f"must be one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
-    else:
-        complaint = _COMPLAINTS.get(kind, detail["msg"].replace("Input should", "must")).format(**context)
-    return f"{key} = {json.dumps(value, default=repr)} {complaint}"
+        if not choices:  # one value that is no string
+            complaint = f"must be {context['expected'].lower()}: {model.model_fields[str(location[-1])].description}"
+    return f"{key} = {json.dumps(value, default=repr)} {complaint}" if key else complaint

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from ijepa_ds.config import DEEPSPEED_KEYS, Config, load_config, parse_config
 from ijepa_ds.errors import UserError
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "ds_configs").glob("*.json"))
+FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
+CONFIGS = sorted(set(FOLDER.glob("*.json")) - {FOLDER / "schema.json"})
 
 
 def raw(**changes) -> dict:

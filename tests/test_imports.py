@@ -16,6 +16,7 @@ GROUND = "__init__ errors files progress validation random_streams distributed h
 MAY_IMPORT = {
     "method": "",
     "config": "",
+    "config_reference": "config exchange",
     "data": "method",
     "engine": "method config",
     "run": "method config engine",

@@ -33,18 +33,18 @@ def record_trace(
     name: str = "trace",
     image_size: int | list[int] = 16,
     patch_size: int = 4,
-    encoder: tuple[int, int, int, float] = (16, 2, 2, 4.0),
+    encoder: tuple[int, int, int, int] = (16, 2, 2, 64),
     predictor: tuple[int, int, int] = (8, 1, 2),
     batch_size: int = 2,
     targets: int = 4,
     steps: int = 3,
 ) -> Path:
     """Write NAME.npz and NAME.json to ``folder``; returns the .npz. ``encoder`` and ``predictor``: width, depth, heads
-    (and MLP ratio). Sizes of context and targets change from step to step."""
+    (and hidden width of the MLPs). Sizes of context and targets change from step to step."""
     torch.manual_seed(0)
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    width, depth, heads, ratio = encoder
-    context = VisionTransformer(size, patch_size, Dimensions(width, depth, heads, ratio))
+    width, depth, heads, hidden = encoder
+    context = VisionTransformer(size, patch_size, Dimensions(width, depth, heads, hidden))
     narrow = Predictor(context.grid, width, width=predictor[0], depth=predictor[1], heads=predictor[2])
     target = copy.deepcopy(context).requires_grad_(False)
     arrays = {f"init/encoder/{key}": value.numpy().copy() for key, value in context.state_dict().items()}

@@ -98,17 +98,17 @@ def replay(trace: Trace, process: Process, *, engine: bool, precision: str) -> i
     say = print if process.is_main else lambda *_, **__: None
     trainable = build_trainable(trace, process, engine=engine, precision=precision)
     replayed = Replay(trace, trainable, process)
-    judged = precision == "fp32" and trace.settings.get("dtype", "float32") == "float32"
+    judged = precision == "fp32" and trace.settings.dtype == "float32"
     where = f"DeepSpeed ZeRO-2 on {process.world_size} processes" if engine else "without DeepSpeed"
-    say(f"{trace.path}: {trace.num_steps} steps of {trace.settings['batch_size']} images; {where}, {precision}")
+    say(f"{trace.path}: {len(trace.settings.steps)} steps of {trace.settings.batch_size} images; {where}, {precision}")
     worst = _Worst(judged)
     say(f"\n{'step':>6}  {'':<22}{'ours':>20}{'recorded':>20}{'relative':>12}")
     features: dict[str, float] = {}
-    for step in range(trace.num_steps):
+    for step in range(len(trace.settings.steps)):
         inputs = _inputs(trace, step, process)
         if step == 0:
             features = replayed.feature_differences(inputs)
-        ours, recorded = replayed.step(step, inputs), trace.recorded(step)
+        ours, recorded = replayed.step(step, inputs), trace.settings.steps[step].model_dump()
         for name, tolerance in RELATIVE_TOLERANCES.items():
             difference = _relative(ours[name], recorded[name])
             worst.note(f"step {step}: {name}", difference, tolerance)
@@ -177,9 +177,9 @@ class Replay:
     def feature_differences(self, inputs: Inputs) -> dict[str, float]:
         """Largest absolute difference of what the networks give before the first step."""
         trace, module = self.trace, self.trainable.module
-        share = _share(trace.settings["batch_size"], self.process)
+        share = _share(trace.settings.batch_size, self.process)
         predictions = trace.tensor("step0/predictions")  # [M * B, T, D], block-major
-        predictions = predictions.unflatten(0, (trace.settings["targets"], -1))[:, share].flatten(0, 1)
+        predictions = predictions.unflatten(0, (trace.settings.targets, -1))[:, share].flatten(0, 1)
         images = self.trainable.to_input(inputs.images)
         pairs = {
             "target_features": (
@@ -250,21 +250,21 @@ def build_trainable(trace: Trace, process: Process, *, engine: bool, precision: 
 def _schedules(trace: Trace) -> Schedules:
     recipe = trace.settings
     return build_schedules(
-        steps_per_epoch=recipe["iterations_per_epoch"],
-        epochs=recipe["epochs"],
-        warmup_epochs=recipe["warmup_epochs"],
-        schedule_scale=recipe.get("ipe_scale", 1.0),
-        lr_start=recipe["lr"]["start"],
-        lr_peak=recipe["lr"]["peak"],
-        lr_final=recipe["lr"]["final"],
-        weight_decay=tuple(recipe["weight_decay"]),
-        momentum=tuple(recipe["ema"]),
+        steps_per_epoch=recipe.iterations_per_epoch,
+        epochs=recipe.epochs,
+        warmup_epochs=recipe.warmup_epochs,
+        schedule_scale=recipe.ipe_scale,
+        lr_start=recipe.lr.start,
+        lr_peak=recipe.lr.peak,
+        lr_final=recipe.lr.final,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.ema,
     )
 
 
 def _config(trace: Trace, process: Process, precision: str) -> Config:
     """What the engine reads of a configuration; the model is built from the trace itself."""
-    batch = trace.settings["batch_size"]
+    batch = trace.settings.batch_size
     raw = {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": max(1, batch // process.world_size),
@@ -273,8 +273,8 @@ def _config(trace: Trace, process: Process, precision: str) -> Config:
         "torch_autocast": {"enabled": precision == "autocast", "dtype": "bfloat16"},
         "ijepa": {
             "run": {"name": "replay"},
-            "data": {"train": str(trace.path), "image_size": list(trace.image_size)},
-            "model": {"patch_size": trace.settings["patch_size"]},
+            "data": {"train": str(trace.path), "image_size": list(trace.settings.image_size)},
+            "model": {"patch_size": trace.settings.patch_size},
         },
     }
     if batch % process.world_size:

@@ -46,12 +46,15 @@ code's format often take its key 'encoder', which is the context encoder.
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What is exported: a checkpoint, its run's configuration, which encoder, and the grid of the positions."""
+class RunEncoder:
+    """An encoder of a run's checkpoint, with positions for images of a size.
+
+    ``role``: "target" or "context". ``image_size``: (rows, columns) in pixels.
+    """
 
     checkpoint: Path
     config: Config
-    encoder: str
+    role: str
     image_size: tuple[int, int]
 
     @property
@@ -60,11 +63,15 @@ class Exported:
         patch = self.config.ijepa.model.patch_size
         return self.image_size[0] // patch, self.image_size[1] // patch
 
+    def weights(self) -> dict[str, Tensor]:
+        """fp32 state dict under timm's names, positions included."""
+        return encoder_weights(self.checkpoint, self.grid, self.role)
+
     def metadata(self) -> dict[str, str]:
-        """What the file says of itself."""
+        """Texts for the file's head: which encoder of which run it holds."""
         return {
             "format": "pt",
-            "encoder": _DESCRIPTIONS[self.encoder],
+            "encoder": _DESCRIPTIONS[self.role],
             "run": self.config.ijepa.run.name,
             "step": str(checkpoint_step(self.checkpoint)),
         }
@@ -93,21 +100,26 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     run, checkpoint = find_checkpoint(Path(options.run))
     config, images = read_run_record(run)
-    exported = Exported(checkpoint, config, options.encoder, _image_size(options.image_size, config))
+    encoder = RunEncoder(checkpoint, config, options.encoder, _image_size(options.image_size, config))
     out = Path(options.out) if options.out else run / "export"
     if out.is_file():
         raise UserError(f"--out {out} is a file; give a folder")
+    holds = f"the {options.encoder.upper()} encoder"
     try:
         if options.format == "reference":
-            path = export_reference(exported, out, images)
+            path, left_out = export_reference(encoder, out, images)
+            holds = (
+                "the TARGET encoder under 'target_encoder', the context encoder under 'encoder' (which other tools "
+                f"often take) and the predictor, without {', '.join(left_out)},"
+            )
         elif options.format == "transformers":
             default = "transformers" if options.encoder == "target" else "transformers_context"
-            path = export_transformers(exported, out if options.out else out / default)
+            path = export_transformers(encoder, out if options.out else out / default)
         else:
-            path = _write_timm(exported, out)
+            path = _write_timm(encoder, out)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error}); choose another --out") from None
-    print(f"written: {path}, {_what_it_holds(path, options)} of {checkpoint}")
+    print(f"written: {path}, {holds} of {checkpoint}")
     return 0
 
 
@@ -116,36 +128,36 @@ def target_encoder_weights(checkpoint: Path, grid: tuple[int, int]) -> dict[str,
     return encoder_weights(checkpoint, grid, "target")
 
 
-def encoder_weights(checkpoint: Path, grid: tuple[int, int], encoder: str) -> dict[str, Tensor]:
-    """The same of the encoder asked for, "target" or "context"."""
-    weights = read_weights(checkpoint, TARGET if encoder == "target" else "master", f"{CONTEXT_ENCODER}.")
+def encoder_weights(checkpoint: Path, grid: tuple[int, int], role: str) -> dict[str, Tensor]:
+    """The fp32 state dict of the "target" or the "context" encoder under timm's names, positions in full precision."""
+    weights = read_weights(checkpoint, TARGET if role == "target" else "master", f"{CONTEXT_ENCODER}.")
     width = weights["norm.weight"].shape[0]
     return {"pos_embed": sine_cosine_positions(width, grid)[None], **weights}
 
 
 def export_timm(checkpoint: Path, config: Config, folder: Path) -> Path:
     """Write the target encoder as safetensors that ``timm.create_model(..., checkpoint_path=...)`` loads strictly."""
-    return _write_timm(Exported(checkpoint, config, "target", config.ijepa.data.image_size), folder)
+    return _write_timm(RunEncoder(checkpoint, config, "target", config.ijepa.data.image_size), folder)
 
 
-def export_transformers(exported: Exported, folder: Path) -> Path:
+def export_transformers(encoder: RunEncoder, folder: Path) -> Path:
     """Write config.json and model.safetensors, which ``IJepaModel.from_pretrained`` loads; returns the folder.
 
     Images must have exactly ``image_size``, which need not be square. (With ``interpolate_pos_encoding`` the library
     would interpolate positions bicubically from a square grid; export for another size instead.)
     """
-    weights = to_transformers(encoder_weights(exported.checkpoint, exported.grid, exported.encoder))
-    dimensions = encoder_dimensions(exported.config)
-    rows, columns = exported.image_size
+    weights = to_transformers(encoder.weights())
+    dimensions = encoder_dimensions(encoder.config)
+    rows, columns = encoder.image_size
     config = {
         "architectures": ["IJepaModel"],
         "model_type": "ijepa",
         "hidden_size": dimensions.width,
         "num_hidden_layers": dimensions.depth,
         "num_attention_heads": dimensions.heads,
-        "intermediate_size": weights["encoder.layer.0.intermediate.dense.bias"].shape[0],
+        "intermediate_size": dimensions.hidden,
         "image_size": rows if rows == columns else [rows, columns],
-        "patch_size": exported.config.ijepa.model.patch_size,
+        "patch_size": encoder.config.ijepa.model.patch_size,
         "num_channels": 3,
         "layer_norm_eps": LAYER_NORM_EPS,  # the library's default is 1e-12
         "hidden_act": "gelu",
@@ -153,29 +165,28 @@ def export_transformers(exported: Exported, folder: Path) -> Path:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "dtype": "float32",
-        "ijepa_encoder": exported.metadata()["encoder"],
+        "ijepa_encoder": encoder.metadata()["encoder"],
     }
-    _save_safetensors(weights, folder / "model.safetensors", exported.metadata())
+    _save_safetensors(weights, folder / "model.safetensors", encoder.metadata())
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
     return folder
 
 
-def export_reference(exported: Exported, folder: Path, images: int | None) -> Path:
-    """Write ``checkpoint.pth.tar`` as the released code does, as far as a run of ours has it.
+def export_reference(encoder: RunEncoder, folder: Path, images: int | None) -> tuple[Path, list[str]]:
+    """Write ``checkpoint.pth.tar`` as the released code does; returns it and the keys that a run of ours cannot fill.
 
     ``images``: number of training images, from which epoch and learning rate follow; None where it is not known. The
     optimizer's state is left out: its order of parameters is that code's own.
     """
-    checkpoint, config = exported.checkpoint, exported.config
+    checkpoint, config = encoder.checkpoint, encoder.config
     step, processes = checkpoint_step(checkpoint), checkpoint_processes(checkpoint)
     predictor = read_weights(checkpoint, "master", f"{PREDICTOR}.")
-    width = predictor["predictor_norm.weight"].shape[0]
-    predictor = {"predictor_pos_embed": sine_cosine_positions(width, exported.grid)[None], **predictor}
+    positions = sine_cosine_positions(predictor["predictor_norm.weight"].shape[0], encoder.grid)[None]
     content: dict[str, Any] = {
-        "encoder": to_reference(encoder_weights(checkpoint, exported.grid, "context")),
-        "predictor": to_reference(predictor),
-        "target_encoder": to_reference(encoder_weights(checkpoint, exported.grid, "target")),
+        "encoder": to_reference(encoder_weights(checkpoint, encoder.grid, "context")),
+        "predictor": to_reference({"predictor_pos_embed": positions, **predictor}),
+        "target_encoder": to_reference(encoder_weights(checkpoint, encoder.grid, "target")),
         "batch_size": config.global_batch // processes,  # there: of one process
         "world_size": processes,
         "epoch": 0,
@@ -187,17 +198,16 @@ def export_reference(exported: Exported, folder: Path, images: int | None) -> Pa
         content["lr"] = schedules_of(config, steps_per_epoch).at(step - 1).lr  # of the last step taken
     else:
         left_out.append("lr")
-    content["ijepa_ds"] = {**exported.metadata(), "left_out": left_out}
+    content["ijepa_ds"] = {**encoder.metadata(), "left_out": left_out}
     path = folder / "checkpoint.pth.tar"
     with replacing(path) as temporary:
         torch.save(content, temporary)
-    return path
+    return path, left_out
 
 
-def _write_timm(exported: Exported, folder: Path) -> Path:
-    weights = encoder_weights(exported.checkpoint, exported.grid, exported.encoder)
-    path = folder / f"{exported.encoder}_encoder.safetensors"
-    _save_safetensors(weights, path, exported.metadata())
+def _write_timm(encoder: RunEncoder, folder: Path) -> Path:
+    path = folder / f"{encoder.role}_encoder.safetensors"
+    _save_safetensors(encoder.weights(), path, encoder.metadata())
     return path
 
 
@@ -207,22 +217,12 @@ def _save_safetensors(weights: dict[str, Tensor], path: Path, metadata: dict[str
         save_file(weights, temporary, metadata=metadata)
 
 
-def _what_it_holds(path: Path, options: argparse.Namespace) -> str:
-    if options.format != "reference":
-        return f"the {options.encoder.upper()} encoder"
-    left_out = torch.load(path, weights_only=True, mmap=True)["ijepa_ds"]["left_out"]
-    return (
-        "the TARGET encoder under 'target_encoder', the context encoder under 'encoder' (which other tools often take) "
-        f"and the predictor, without {', '.join(left_out)},"
-    )
-
-
-def _image_size(asked: list[int] | None, config: Config) -> tuple[int, int]:
-    if asked is None:
+def _image_size(sides: list[int] | None, config: Config) -> tuple[int, int]:
+    if sides is None:
         return config.ijepa.data.image_size
     patch = config.ijepa.model.patch_size
-    if len(asked) > 2 or any(side < patch or side % patch for side in asked):
+    if len(sides) > 2 or any(side < patch or side % patch for side in sides):
         raise UserError(
-            f"--image-size {' '.join(map(str, asked))} must be one or two multiples of the patch size, {patch} pixels"
+            f"--image-size {' '.join(map(str, sides))} must be one or two multiples of the patch size, {patch} pixels"
         )
-    return asked[0], asked[-1]
+    return sides[0], sides[-1]

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--out {options.out} must end in a folder name, such as runs/released")
     config, checkpoint, origin = _configure(options, out)
     epochs = "" if checkpoint.epoch is None else f"; trained for {checkpoint.epoch} epochs"
-    print(checkpoint.target.say() + epochs)
+    print(checkpoint.target.describe() + epochs)
     grid = checkpoint.target.grid
     if grid != config.grid:
         print(f"positions are computed again: the file's grid is {grid[0]} x {grid[1]}, the run's "

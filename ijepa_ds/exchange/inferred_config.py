@@ -30,24 +30,24 @@ def infer_config(encoder: ForeignEncoder, predictor: TensorSizes | None = None) 
     """
     dimensions, patch = encoder.dimensions, encoder.patch_size
     rows, columns = (side * patch for side in encoder.grid)
+    data = {"train": _TRAIN, "image_size": rows if rows == columns else [rows, columns]}
     model: dict[str, Any] = {"encoder": name_of(dimensions), "patch_size": patch}
     if model["encoder"] is None:
-        model |= {
-            "encoder": "tiny",
-            "width": dimensions.width,
-            "depth": dimensions.depth,
-            "heads": dimensions.heads,
-            "mlp_ratio": dimensions.mlp_ratio,
-        }
+        ratio = dimensions.hidden / dimensions.width
+        if int(ratio * dimensions.width) != dimensions.hidden:  # as the configuration is read
+            ratio = (dimensions.hidden + 0.5) / dimensions.width
+        sizes = {"width": dimensions.width, "depth": dimensions.depth, "heads": dimensions.heads, "mlp_ratio": ratio}
+        model |= {"encoder": "tiny", **sizes}
     if predictor is not None:
         model |= {"predictor_width": predictor.width, "predictor_depth": predictor.depth}
-    data = {"train": _TRAIN, "image_size": rows if rows == columns else [rows, columns]}
     for file in sorted(_RECIPES.glob("*.json")):
         raw = json.loads(file.read_text())
-        own = raw["ijepa"]
-        same_size = own["data"].get("image_size", 224) == data["image_size"]
-        if same_size and all(own["model"].get(key) == value for key, value in model.items()):
-            del own["run"]
+        if "ijepa" not in raw:
+            continue  # the schema
+        recipe = raw["ijepa"]
+        same_size = recipe["data"].get("image_size", 224) == data["image_size"]
+        if same_size and all(recipe["model"].get(key) == value for key, value in model.items()):
+            del recipe["run"], raw["$schema"]
             return raw, f"the recipe is that of ds_configs/{file.name}"
     return {**_DEFAULT, "ijepa": {"data": data, "model": model}}, (
         "no file of ds_configs/ has these sizes: the recipe is the default one (schedules of the released ViT-H/14)"
@@ -55,21 +55,20 @@ def infer_config(encoder: ForeignEncoder, predictor: TensorSizes | None = None) 
 
 
 def size_differences(config: Config, encoder: ForeignEncoder, predictor: TensorSizes | None = None) -> list[str]:
-    """Each size in which the weights are not what the configuration says. The grid is free: positions are fixed.
+    """Each size in which the weights are not what the configuration says; the grid may differ, positions are fixed.
 
     Heads cannot be compared: the configuration's count, unless a transformers configuration tells them.
     """
     theirs, ours, model = encoder.dimensions, encoder_dimensions(config), config.ijepa.model
-    pairs = {
+    sizes = {
         "width": (theirs.width, ours.width),
         "depth": (theirs.depth, ours.depth),
-        "hidden width of the MLPs": (int(theirs.width * theirs.mlp_ratio), int(ours.width * ours.mlp_ratio)),
+        "hidden width of the MLPs": (theirs.hidden, ours.hidden),
         "patch_size": (encoder.patch_size, model.patch_size),
     }
     if encoder.format == "transformers":
-        pairs["heads"] = (theirs.heads, ours.heads)
+        sizes["heads"] = (theirs.heads, ours.heads)
     if predictor is not None:
-        pairs["predictor_width"] = (predictor.width, model.predictor_width)
-        pairs["predictor_depth"] = (predictor.depth, model.predictor_depth)
-    return [f"{key}: {there} in the file, {here} in the configuration" for key, (there, here) in pairs.items()
-            if there != here]  # fmt: skip
+        sizes["predictor_width"] = (predictor.width, model.predictor_width)
+        sizes["predictor_depth"] = (predictor.depth, model.predictor_depth)
+    return [f"{key}: {a} in the file, {b} in the configuration" for key, (a, b) in sizes.items() if a != b]

@@ -9,31 +9,34 @@ Shapes: N patches, D encoder width.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ConfigDict
 from torch import Tensor
 
-from ijepa_ds.errors import UserError
+from ijepa_ds.errors import UserError, listing, some
 from ijepa_ds.exchange.safe_load import read_pickle, read_safetensors, tensor_problems
 from ijepa_ds.exchange.sizes import (
     TensorSizes,
-    encoder_problems,
+    attention_heads,
+    encoder_shapes,
     encoder_sizes,
     grid_of_positions,
-    heads_of_width,
-    mlp_ratio,
-    predictor_problems,
+    predictor_shapes,
     predictor_sizes,
+    shape_differences,
+    shapes_of,
 )
 from ijepa_ds.exchange.tensor_names import from_reference, from_transformers
 from ijepa_ds.method.encoder import Dimensions
 from ijepa_ds.method.positions import sine_cosine_positions
+from ijepa_ds.validation import Checked, Count, read_json
 
+Format = Literal["reference", "timm", "transformers"]
 Role = Literal["target", "context", "unknown"]
-ROLE_KEYS = {"target": "target_encoder", "context": "encoder"}  # of the released code's checkpoints
+ROLE_KEYS: dict[Role, str] = {"target": "target_encoder", "context": "encoder"}  # of the released code's checkpoints
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class ForeignEncoder:
     """
 
     source: str
-    format: Literal["reference", "timm", "transformers"]
+    format: Format
     role: Role
     weights: dict[str, Tensor]
     dimensions: Dimensions
@@ -57,14 +60,14 @@ class ForeignEncoder:
         positions = sine_cosine_positions(self.dimensions.width, grid or self.grid)[None]
         return {"pos_embed": positions, **self.weights}
 
-    def say(self) -> str:
-        """What it is, in a line."""
-        size = self.dimensions
-        kind = {"unknown": "an encoder that does not say whether it is the target or the context encoder"}
+    def describe(self) -> str:
+        """Which encoder of which size, in a line."""
+        size, grid = self.dimensions, self.grid
+        unknown = "an encoder that does not say whether it is the target or the context encoder"
         return (
-            f"{self.source}: {kind.get(self.role, f'the {self.role.upper()} encoder')} ({self.format} format), "
-            f"width {size.width}, depth {size.depth}, {size.heads} heads, patches of {self.patch_size} px on a grid of "
-            f"{self.grid[0]} x {self.grid[1]}"
+            f"{self.source}: {unknown if self.role == 'unknown' else f'the {self.role.upper()} encoder'} "
+            f"({self.format} format), width {size.width}, depth {size.depth}, {size.heads} heads, patches of "
+            f"{self.patch_size} px on a grid of {grid[0]} x {grid[1]}"
         )
 
 
@@ -79,12 +82,10 @@ class ReferenceCheckpoint:
     epoch: int | None
 
     def with_heads(self, heads: int) -> ReferenceCheckpoint:
-        """The same with another number of attention heads, which no tensor shows."""
-
-        def change(encoder: ForeignEncoder) -> ForeignEncoder:
-            return replace(encoder, dimensions=replace(encoder.dimensions, heads=heads))
-
-        return replace(self, target=change(self.target), context=change(self.context))
+        """The checkpoint with another number of attention heads, which no tensor shows."""
+        dimensions = replace(self.target.dimensions, heads=heads)  # both encoders have them
+        target, context = (replace(encoder, dimensions=dimensions) for encoder in (self.target, self.context))
+        return replace(self, target=target, context=context)
 
 
 def read_encoder(
@@ -105,24 +106,20 @@ def read_encoder(
     if not path.exists():
         raise UserError(f"{path} does not exist; give a .pth.tar, a .safetensors or a transformers folder")
     if path.is_dir():
-        weights, role, config = _read_transformers(path)
-        if heads not in (None, config["num_attention_heads"]):
-            raise UserError(f"--heads {heads} is not the {config['num_attention_heads']} of {path}; leave it out")
-        found = _check_encoder(weights, str(path), "transformers", role, config["num_attention_heads"])
-        _check_against_config(found, config, path)
+        foreign = _read_transformers(path, heads)
     elif path.suffix == ".safetensors":
         weights, metadata = read_safetensors(path)
-        found = _check_encoder(weights, str(path), "timm", _role(metadata.get("encoder")), heads)
+        foreign = _check_encoder(weights, str(path), "timm", _role(metadata.get("encoder")), heads)
     else:
         content = read_pickle(path)
         if "encoder" in content or "target_encoder" in content:
             role = encoder or "target"
             weights = _part(content, ROLE_KEYS[role], path)
             return _check_encoder(weights, f"{path}, {ROLE_KEYS[role]}", "reference", role, heads)
-        found = _check_encoder(from_reference(content), str(path), "timm", "unknown", heads)
-    if encoder is not None and found.role not in (encoder, "unknown"):
-        raise UserError(f"{path} holds the {found.role} encoder, not the {encoder} encoder; ask for what it holds")
-    return found
+        foreign = _check_encoder(from_reference(content), str(path), "timm", "unknown", heads)
+    if encoder is not None and foreign.role not in (encoder, "unknown"):
+        raise UserError(f"{path} holds the {foreign.role} encoder, not the {encoder} encoder; ask for what it holds")
+    return foreign
 
 
 def read_reference(path: str | Path, *, heads: int | None = None) -> ReferenceCheckpoint:
@@ -140,105 +137,98 @@ def read_reference(path: str | Path, *, heads: int | None = None) -> ReferenceCh
             f"{path} lacks {', '.join(lacking)}: a run goes on from both encoders and the predictor of a checkpoint in "
             "the released code's format; a single encoder can only be evaluated"
         )
-    parts = {key: _part(content, key, path) for key in ("encoder", "target_encoder", "predictor")}
-    sizes, problems = {}, []
-    for key, tensors in parts.items():
-        sizes[key], found = _inspect(tensors, predictor=key == "predictor")
-        problems += [f"{key}: {problem}" for problem in found]
-    if all(sizes.values()):
-        if sizes["encoder"] != sizes["target_encoder"]:
+    parts = {key: from_reference(content[key]) for key in ("encoder", "target_encoder", "predictor")}
+    inspected = {key: _inspect(tensors, predictor=key == "predictor") for key, tensors in parts.items()}
+    problems = [f"{key}: {problem}" for key, (_, found) in inspected.items() for problem in found]
+    encoder, target_encoder, predictor = (sizes for sizes, _ in inspected.values())
+    if encoder and target_encoder and predictor:
+        if encoder != target_encoder:
             problems.append("encoder and target_encoder differ in size")
-        if sizes["predictor"].outer != sizes["encoder"].width:
+        if predictor.outer != encoder.width:
             problems.append(
-                f"predictor: predictor_embed takes features of width {sizes['predictor'].outer}, the encoder's are "
-                f"{sizes['encoder'].width} wide"
+                f"predictor: predictor_embed takes features of width {predictor.outer}, the encoder's are "
+                f"{encoder.width} wide"
             )
-    _refuse(problems, str(path))
+    if problems or not predictor:
+        raise _refusal(problems, str(path))
     context, target = (
         _check_encoder(parts[ROLE_KEYS[role]], f"{path}, {ROLE_KEYS[role]}", "reference", role, heads)
         for role in ("context", "target")
     )
-    predictor = {
-        name: tensor.detach().float() for name, tensor in parts["predictor"].items() if name != "predictor_pos_embed"
-    }
-    grids = {context.grid, target.grid, _grid(parts["predictor"]["predictor_pos_embed"], f"{path}, predictor")}
+    positions = parts["predictor"]["predictor_pos_embed"]
+    grids = {context.grid, target.grid, grid_of_positions(positions, f"{path}, predictor")}
     if len(grids) > 1:
         raise UserError(f"{path} has positions of several grids ({grids}) in its parts; get a file of one training")
-    epoch = content.get("epoch")
-    return ReferenceCheckpoint(
-        target, context, predictor, sizes["predictor"], epoch if isinstance(epoch, int) else None
-    )
+    epoch = content["epoch"] if isinstance(content.get("epoch"), int) else None
+    return ReferenceCheckpoint(target, context, _floats(parts["predictor"], "predictor_pos_embed"), predictor, epoch)
 
 
 def _check_encoder(
-    weights: dict[str, Any], source: str, file_format: str, role: Role, heads: int | None
+    weights: dict[str, Any], source: str, file_format: Format, role: Role, heads: int | None
 ) -> ForeignEncoder:
     sizes, problems = _inspect(weights)
-    _refuse(problems, source)
-    grid = _grid(weights["pos_embed"], source)
-    dimensions = Dimensions(
-        sizes.width, sizes.depth, heads_of_width(sizes.width, heads, source), mlp_ratio(sizes.width, sizes.hidden)
-    )
-    own = {name: tensor.detach().float().contiguous() for name, tensor in weights.items() if name != "pos_embed"}
-    return ForeignEncoder(source, file_format, role, own, dimensions, sizes.outer, grid)
+    if sizes is None or problems:
+        raise _refusal(problems, source)
+    grid = grid_of_positions(weights["pos_embed"], source)
+    heads = attention_heads(sizes.width, heads, source)
+    dimensions = Dimensions(sizes.width, sizes.depth, heads, sizes.hidden)
+    return ForeignEncoder(source, file_format, role, _floats(weights, "pos_embed"), dimensions, sizes.outer, grid)
 
 
-def _grid(table: Tensor, source: str) -> tuple[int, int]:
-    grid = grid_of_positions(table)
-    if grid is None:
-        raise UserError(
-            f"{source} has other positions than the fixed sine-cosine ones of I-JEPA on any grid of {table.shape[1]} "
-            "patches (a learned table?), so it cannot be used here; give an I-JEPA encoder"
-        )
-    return grid
+def _floats(weights: dict[str, Tensor], positions: str) -> dict[str, Tensor]:
+    """The weights in fp32 without their positions."""
+    return {name: tensor.detach().float().contiguous() for name, tensor in weights.items() if name != positions}
 
 
-def _read_transformers(folder: Path) -> tuple[dict[str, Tensor], Role, dict[str, Any]]:
-    """Weights under timm's names, which encoder they are, and config.json."""
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}; give a folder that transformers has saved an IJepaModel to")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        if not isinstance(config, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read ({error}); get it again") from None
-    # Where the file lacks a key, transformers takes its default.
-    config = {"num_attention_heads": 12, "hidden_act": "gelu", "qkv_bias": True, **config}
-    if (config.get("model_type"), config["hidden_act"], config["qkv_bias"]) != ("ijepa", "gelu", True):
-        raise UserError(f"{folder / 'config.json'} is not of an I-JEPA encoder (model_type ijepa, gelu, qkv_bias true)")
-    if not isinstance(config["num_attention_heads"], int):
-        raise UserError(f"{folder / 'config.json'}: num_attention_heads must be a whole number; get the folder again")
+class _TransformersConfig(Checked):
+    """A transformers folder's config.json, as far as it matters here; what it lacks has the library's values."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model_type: Literal["ijepa"]
+    hidden_act: Literal["gelu"] = "gelu"
+    qkv_bias: Literal[True] = True
+    num_attention_heads: Count = 12
+
+
+def _read_transformers(folder: Path, heads: int | None) -> ForeignEncoder:
+    file = folder / "config.json"
+    for path in (file, folder / "model.safetensors"):
+        if not path.is_file():
+            raise UserError(f"{folder} has no {path.name}; give a folder that transformers has saved an IJepaModel to")
+    config = read_json(_TransformersConfig, file, "is not of an I-JEPA encoder")
+    if heads not in (None, config.num_attention_heads):
+        raise UserError(f"--heads {heads} is not the {config.num_attention_heads} of {folder}; leave it out")
     weights, metadata = read_safetensors(folder / "model.safetensors")
     prefix = "ijepa." if any(name.startswith("ijepa.") for name in weights) else ""  # of models with a head
-    weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    return from_transformers(weights), _role(metadata.get("encoder") or config.get("ijepa_encoder")), config
-
-
-def _check_against_config(found: ForeignEncoder, config: dict[str, Any], folder: Path) -> None:
-    sizes = found.dimensions
+    weights = from_transformers({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
+    given = config.model_dump()
+    role = _role(metadata.get("encoder") or given.get("ijepa_encoder"))
+    foreign = _check_encoder(weights, str(folder), "transformers", role, config.num_attention_heads)
     tensors = {
-        "hidden_size": sizes.width,
-        "num_hidden_layers": sizes.depth,
-        "intermediate_size": int(sizes.width * sizes.mlp_ratio),
-        "patch_size": found.patch_size,
+        "hidden_size": foreign.dimensions.width,
+        "num_hidden_layers": foreign.dimensions.depth,
+        "intermediate_size": foreign.dimensions.hidden,
+        "patch_size": foreign.patch_size,
     }
-    wrong = [f"{key} = {config[key]}, {value} in the tensors" for key, value in tensors.items() if key in config
-             and config[key] not in (value, [value, value])]  # fmt: skip
+    wrong = [
+        f"{key} = {given[key]}, {value} in the tensors"
+        for key, value in tensors.items()
+        if given.get(key, value) not in (value, [value, value])
+    ]
     if wrong:
-        raise UserError(f"{folder / 'config.json'} does not fit its weights: {'; '.join(wrong)}; get the folder again")
+        raise UserError(f"{file} does not fit its weights: {'; '.join(wrong)}; get the folder again")
+    return foreign
 
 
-def _role(text: Any) -> Role:
-    """From metadata such as "target (the moving average, ...)"."""
-    first = str(text).split(" ")[0]
-    return first if first in ("target", "context") else "unknown"
+def _role(text: object) -> Role:
+    """The role that metadata such as "target (the moving average, ...)" tells."""
+    return next((role for role in ROLE_KEYS if str(text).split(" ")[0] == role), "unknown")
 
 
 def _part(content: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
     if not isinstance(content.get(key), dict):
-        raise UserError(f"{path} has no state dict under '{key}'; it holds {', '.join(map(str, content))[:200]}")
+        raise UserError(f"{path} has no state dict under '{key}'; it holds {some(content)}")
     return from_reference(content[key])
 
 
@@ -249,14 +239,14 @@ def _inspect(weights: dict[str, Any], *, predictor: bool = False) -> tuple[Tenso
     sizes = (predictor_sizes if predictor else encoder_sizes)(tensors)
     if sizes is None:
         return None, [*problems, "its tensors are too few, or not of the shapes, to tell a size"]
-    found = (predictor_problems if predictor else encoder_problems)(tensors, sizes)
-    return sizes, problems + [one for one in found if one.removesuffix(" is missing") not in weights]
+    shapes = (predictor_shapes if predictor else encoder_shapes)(sizes)
+    no_tensors = weights.keys() - tensors.keys()  # which are among the problems already
+    expected = {name: shape for name, shape in shapes.items() if name not in no_tensors}
+    return sizes, problems + shape_differences(shapes_of(tensors), expected)
 
 
-def _refuse(problems: list[str], source: str) -> None:
-    if problems:
-        lines = "".join(f"\n  - {problem}" for problem in problems)
-        raise UserError(
-            f"{source} does not hold what I-JEPA's weights must be, {len(problems)} problems; get the file again, or "
-            f"from a tool that keeps all tensors:{lines}"
-        )
+def _refusal(problems: list[str], source: str) -> UserError:
+    return UserError(
+        f"{source} does not hold what I-JEPA's weights must be, {len(problems)} problems; get the file again, or from "
+        f"a tool that keeps all tensors:{listing(problems)}"
+    )

@@ -7,78 +7,136 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic.fields import FieldInfo
 
 from ijepa_ds.config import parse_config
-from ijepa_ds.errors import UserError
+from ijepa_ds.errors import UserError, listing
+from ijepa_ds.method.encoder import NAMED_DIMENSIONS
 from ijepa_ds.method.masks import default_context_tokens
+from ijepa_ds.validation import Checked, Count, Pair, check, must
 
 WORLD_SIZE = 16  # of the released configurations for 224 pixels: their batch_size is the images of one GPU
-MODELS = ("tiny", "small", "base", "large", "huge", "giant")
 _DATA = ("data/imagenet/train.beton", "data/imagenet/val.beton")
-
-# What is translated: section.key -> what kind of value it must be.
-_TRANSLATED = {
-    "data.batch_size": "count",
-    "data.crop_scale": "pair",
-    "data.crop_size": "count",
-    "data.num_workers": "count",
-    "mask.aspect_ratio": "pair",
-    "mask.enc_mask_scale": "pair",
-    "mask.min_keep": "number",
-    "mask.num_pred_masks": "count",
-    "mask.patch_size": "count",
-    "mask.pred_mask_scale": "pair",
-    "meta.model_name": "string",
-    "meta.pred_depth": "count",
-    "meta.pred_emb_dim": "count",
-    "meta.use_bfloat16": "switch",
-    "optimization.ema": "pair",
-    "optimization.epochs": "number",
-    "optimization.final_lr": "number",
-    "optimization.final_weight_decay": "number",
-    "optimization.ipe_scale": "number",
-    "optimization.lr": "number",
-    "optimization.start_lr": "number",
-    "optimization.warmup": "number",
-    "optimization.weight_decay": "number",
-}
-# What must have one value: that value, and why no other is supported.
-_FIXED = {
-    "data.use_color_distortion": (False, "I-JEPA is trained without colour augmentation, and the loader has none"),
-    "data.use_gaussian_blur": (False, "I-JEPA is trained without blur, and the loader has none"),
-    "data.use_horizontal_flip": (False, "I-JEPA is trained without flips, and the loader has none"),
-    "mask.allow_overlap": (False, "here the context block never overlaps a target block, as in the paper"),
-    "mask.num_enc_masks": (1, "here an image has one context block, as in the paper"),
-}
-# What has no place here, and why.
-_DROPPED = {
-    "data.color_jitter_strength": "it only acts with use_color_distortion",
-    "data.image_folder": "images come from a .beton file: --train",
-    "data.root_path": "images come from a .beton file: --train",
-    "data.pin_mem": "the loader decides about its own buffers",
-    "logging.folder": "a run's folder is ijepa.run.folder/ijepa.run.name",
-    "logging.write_tag": "a run's folder is ijepa.run.folder/ijepa.run.name",
-    "meta.copy_data": "a .beton is read where it is",
-    "meta.load_checkpoint": "the same command goes on from the newest checkpoint by itself",
-    "meta.read_checkpoint": "to start from a checkpoint of that code: python -m ijepa_ds import",
-}
-_KINDS = {
-    "count": ("a whole number of at least 1", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1),
-    "number": ("a number of at least 0", lambda v: _is_number(v) and v >= 0),
-    "pair": ("a list of two numbers", lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_number, v))),
-    "switch": ("true or false", lambda v: isinstance(v, bool)),
-    "string": ("a string", lambda v: isinstance(v, str)),
-}
+_BETON = "images come from a .beton file: --train"
+_FOLDER = "a run's folder is ijepa.run.folder/ijepa.run.name"
 _HELP = """
 Keys that have no place here are listed with the reason; values that cannot be had are refused.
-docs/recipe.md has the whole table, and where the released code and this project differ.
+docs/configuration.md has the whole table, docs/recipe.md where the released code and this project differ.
 """
+
+
+def _number_of_text(value: Any) -> Any:
+    """YAML reads 1e-6, without a point, as a string."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+ModelName = Annotated[
+    str,
+    must(
+        lambda name: name.removeprefix("vit_") in NAMED_DIMENSIONS,
+        f"must be one of {', '.join(f'vit_{name}' for name in NAMED_DIMENSIONS)}",
+    ),
+    AfterValidator(lambda name: name.removeprefix("vit_")),
+]
+Number = Annotated[float, Field(ge=0), BeforeValidator(_number_of_text)]
+
+
+def _becomes(key: str, note: str = "") -> Any:
+    """A key whose value goes into ``key`` of ours."""
+    return Field(description=note, json_schema_extra={"ours": key})
+
+
+def _dropped(reason: str) -> Any:
+    """A key that has no place here."""
+    return Field(None, description=reason)
+
+
+def _only(value: Any, reason: str) -> Any:
+    """A key that may be left out, and has this value where it is not."""
+    return Field(value, description=reason)
+
+
+class _Section(Checked):
+    unknown: ClassVar[str] = "is not a key of the released code"
+
+
+class _Data(_Section):
+    batch_size: Count = _becomes("train_micro_batch_size_per_gpu", "times the GPUs it is train_batch_size")
+    color_jitter_strength: Any = _dropped("it only acts with use_color_distortion")
+    crop_scale: Pair[float] = _becomes("ijepa.data.crop_scale")
+    crop_size: Count = _becomes("ijepa.data.image_size")
+    image_folder: Any = _dropped(_BETON)
+    num_workers: Count = _becomes("ijepa.data.workers", "processes there, threads here")
+    pin_mem: Any = _dropped("the loader decides about its own buffers")
+    root_path: Any = _dropped(_BETON)
+    use_color_distortion: Literal[False] = _only(False, "the method has no colour augmentation, nor has the loader")
+    use_gaussian_blur: Literal[False] = _only(False, "the method has no blur, nor has the loader")
+    use_horizontal_flip: Literal[False] = _only(False, "the method has no flips, nor has the loader")
+
+
+class _Logging(_Section):
+    folder: Any = _dropped(_FOLDER)
+    write_tag: Any = _dropped(_FOLDER)
+
+
+class _Mask(_Section):
+    allow_overlap: Literal[False] = _only(False, "the context block never overlaps a target block, as in the paper")
+    aspect_ratio: Pair[float] = _becomes("ijepa.masks.target_aspect_ratio")
+    enc_mask_scale: Pair[float] = _becomes("ijepa.masks.context_scale")
+    min_keep: Number = _becomes("ijepa.masks.min_keep", "multiblock has context_tokens in its place")
+    num_enc_masks: Literal[1] = _only(1, "an image has one context block, as in the paper")
+    num_pred_masks: Count = _becomes("ijepa.masks.num_targets")
+    patch_size: Count = _becomes("ijepa.model.patch_size")
+    pred_mask_scale: Pair[float] = _becomes("ijepa.masks.target_scale")
+
+
+class _Meta(_Section):
+    copy_data: Any = _dropped("a .beton is read where it is")
+    load_checkpoint: Any = _dropped("the same command goes on from the newest checkpoint by itself")
+    model_name: ModelName = _becomes("ijepa.model.encoder", "vit_huge is huge")
+    pred_depth: Count = _becomes("ijepa.model.predictor_depth")
+    pred_emb_dim: Count = _becomes("ijepa.model.predictor_width")
+    read_checkpoint: Any = _dropped("to start from a checkpoint of that code: python -m ijepa_ds import")
+    use_bfloat16: bool = _becomes("bf16.enabled", "torch_autocast has that code's own numerics")
+
+
+class _Optimization(_Section):
+    ema: Pair[float] = _becomes("ijepa.optimization.momentum")
+    epochs: Number = _becomes("ijepa.optimization.epochs")
+    final_lr: Number = _becomes("ijepa.optimization.lr_final")
+    final_weight_decay: Number = _becomes("ijepa.optimization.weight_decay", "the second")
+    ipe_scale: Number = _becomes("ijepa.optimization.schedule_scale")
+    lr: Number = _becomes("ijepa.optimization.lr_peak")
+    start_lr: Number = _becomes("ijepa.optimization.lr_start")
+    warmup: Number = _becomes("ijepa.optimization.warmup_epochs")
+    weight_decay: Number = _becomes("ijepa.optimization.weight_decay", "the first")
+
+
+class Released(_Section):
+    """A configuration of the released code."""
+
+    data: _Data
+    logging: _Logging
+    mask: _Mask
+    meta: _Meta
+    optimization: _Optimization
+
+    @classmethod
+    def fields(cls) -> Iterator[tuple[str, str, FieldInfo, str]]:
+        """Section, key and field of all that it may hold, and the key of ours."""
+        for name, section in cls.model_fields.items():
+            for key, field in getattr(section.annotation, "model_fields", {}).items():
+                yield name, key, field, (field.json_schema_extra or {}).get("ours", "")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,8 +165,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.world_size is not None and options.world_size < 1:
         raise UserError(f"--world-size {options.world_size} must be at least 1")
     data = (options.train or _DATA[0], options.validation or (None if options.train else _DATA[1]))
+    released = read_yaml(options.yaml)
     config, notes = convert(
-        read_yaml(options.yaml), source=options.yaml, world_size=options.world_size, sampler=options.sampler, data=data
+        released, source=options.yaml, world_size=options.world_size, sampler=options.sampler, data=data
     )
     text = json.dumps(config, indent=2) + "\n"
     if options.out is None:
@@ -126,143 +185,86 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """``section.key`` -> value of a YAML file of sections; :class:`UserError` where it is none."""
+def read_yaml(path: str) -> Released:
+    """The released code's configuration in a YAML file; what is unknown, missing or not supported is all named."""
     try:
         raw = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}); mend it there") from None
     if not isinstance(raw, dict) or not all(isinstance(section, dict) for section in raw.values()):
-        raise UserError(f"{path} must hold sections as the released code's do: data, logging, mask, meta, optimization")
-    return {f"{section}.{key}": value for section, values in raw.items() for key, value in values.items()}
+        raise UserError(f"{path} must hold sections as the released code's do: {', '.join(Released.model_fields)}")
+    released, problems = check(Released, raw)
+    if released is None:
+        number = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise UserError(f"{path} cannot be converted, {number}:{listing(problems)}")
+    return released
 
 
 def convert(
-    values: dict[str, Any],
-    *,
-    source: str,
-    world_size: int | None,
-    sampler: str,
-    data: tuple[str, str | None],
+    released: Released, *, source: str, world_size: int | None, sampler: str, data: tuple[str, str | None]
 ) -> tuple[dict[str, Any], list[str]]:
-    """(configuration as it would stand in a file, notes for the user, a sentence each).
+    """(configuration as it would stand in a file, notes for the user, a sentence each); refuses values we cannot have.
 
     Args:
-        values: ``section.key`` -> value, as :func:`read_yaml` gives it.
+        released: the configuration of the released code.
         source: the file's name, for messages.
         world_size: GPUs that the YAML was meant for; None takes 16 and notes it.
         sampler: "multiblock" or "reference".
         data: .beton files of training and validation images.
-
-    Raises:
-        UserError: naming all unknown and missing keys and unsupported values.
     """
-    values = {key: _number_of_text(value, key) for key, value in values.items()}
-    _check(values, source)
-    world_size_given, world_size = world_size is not None, world_size or WORLD_SIZE
-    batch, size, patch = values["data.batch_size"], values["data.crop_size"], values["mask.patch_size"]
-    encoder = values["meta.model_name"].removeprefix("vit_")
-    masks: dict[str, Any] = {
-        "sampler": sampler,
-        "num_targets": values["mask.num_pred_masks"],
-        "target_scale": values["mask.pred_mask_scale"],
-        "target_aspect_ratio": values["mask.aspect_ratio"],
-        "context_scale": values["mask.enc_mask_scale"],
+    batch, size, patch = released.data.batch_size, released.data.crop_size, released.mask.patch_size
+    ours: dict[str, dict[str, Any]] = {
+        "run": {"name": f"vit{released.meta.model_name[0]}{patch}" + (f"_{size}" if size != 224 else "")},
+        "data": {key: path for key, path in zip(("train", "validation"), data, strict=True) if path is not None},
+        "model": {},
+        "masks": {"sampler": sampler},
+        "optimization": {},
     }
+    for section, key, _, target in Released.fields():
+        if target.startswith("ijepa."):
+            _, place, name = target.split(".")
+            ours[place][name] = getattr(getattr(released, section), key)
+    ours["optimization"]["weight_decay"] = [
+        released.optimization.weight_decay,
+        released.optimization.final_weight_decay,
+    ]
+    min_keep = int(ours["masks"].pop("min_keep"))
     if sampler == "reference":
-        masks |= {"min_keep": int(values["mask.min_keep"]), "truncation_group": batch}
+        ours["masks"] |= {"min_keep": min_keep, "truncation_group": batch}
     elif size % patch == 0:  # else parse_config says what is wrong with it
-        masks["context_tokens"] = default_context_tokens((size // patch, size // patch))
+        ours["masks"]["context_tokens"] = default_context_tokens((size // patch, size // patch))
     config = {
-        "train_batch_size": batch * world_size,
+        "train_batch_size": batch * (world_size or WORLD_SIZE),
         "train_micro_batch_size_per_gpu": batch,
-        "bf16": {"enabled": values["meta.use_bfloat16"]},
+        "bf16": {"enabled": released.meta.use_bfloat16},
         "zero_optimization": {"stage": 2, "overlap_comm": True},
-        "ijepa": {
-            "run": {"name": f"vit{encoder[0]}{patch}" + (f"_{size}" if size != 224 else "")},
-            "data": {
-                "train": data[0],
-                **({"validation": data[1]} if data[1] is not None else {}),
-                "image_size": size,
-                "crop_scale": values["data.crop_scale"],
-                "workers": values["data.num_workers"],
-            },
-            "model": {
-                "encoder": encoder,
-                "patch_size": patch,
-                "predictor_width": values["meta.pred_emb_dim"],
-                "predictor_depth": values["meta.pred_depth"],
-            },
-            "masks": masks,
-            "optimization": {
-                "epochs": values["optimization.epochs"],
-                "warmup_epochs": values["optimization.warmup"],
-                "schedule_scale": values["optimization.ipe_scale"],
-                "lr_start": values["optimization.start_lr"],
-                "lr_peak": values["optimization.lr"],
-                "lr_final": values["optimization.final_lr"],
-                "weight_decay": [values["optimization.weight_decay"], values["optimization.final_weight_decay"]],
-                "momentum": values["optimization.ema"],
-            },
-        },
+        "ijepa": ours,
     }
     parse_config(config, source=f"{source}, converted,")
-    return config, _notes(values, config, world_size, world_size_given)
+    return config, _notes(released, config, world_size)
 
 
-def _check(values: dict[str, Any], source: str) -> None:
-    known = {*_TRANSLATED, *_FIXED, *_DROPPED}
-    problems = [f"{key} is not a key of the released code" for key in values if key not in known]
-    for key, kind in _TRANSLATED.items():
-        expected, fits = _KINDS[kind]
-        if key not in values:
-            problems.append(f"{key} is missing")
-        elif not fits(values[key]):
-            problems.append(f"{key} = {values[key]!r} must be {expected}")
-    for key, (supported, reason) in _FIXED.items():
-        if key in values and values[key] != supported:
-            problems.append(f"{key} = {values[key]!r} is not supported, only {supported!r}: {reason}")
-    model = values.get("meta.model_name")
-    if isinstance(model, str) and model.removeprefix("vit_") not in MODELS:
-        problems.append(f"meta.model_name = {model!r} must be one of {', '.join(f'vit_{name}' for name in MODELS)}")
-    if problems:
-        lines = "".join(f"\n  - {problem}" for problem in problems)
-        raise UserError(f"{source} cannot be converted, {len(problems)} problem{'s' * (len(problems) > 1)}:{lines}")
-
-
-def _notes(values: dict[str, Any], config: dict[str, Any], world_size: int, given: bool) -> list[str]:
-    batch = values["data.batch_size"]
+def _notes(released: Released, config: dict[str, Any], world_size: int | None) -> list[str]:
+    batch, masks = released.data.batch_size, config["ijepa"]["masks"]
     notes = [
-        f"batch: {batch} images a GPU there x {world_size} GPUs = {config['train_batch_size']} a step"
-        + ("" if given else f"; {world_size} GPUs are those of the released configurations, give --world-size if not")
+        f"batch: {batch} images a GPU there x {world_size or WORLD_SIZE} GPUs = {config['train_batch_size']} a step"
     ]
-    masks = config["ijepa"]["masks"]
+    if world_size is None:
+        notes[0] += f"; {WORLD_SIZE} GPUs are those of the released configurations, give --world-size if not"
     if masks["sampler"] == "multiblock":
         notes.append(
             f"masks: the paper's (multiblock) with {masks['context_tokens']} context tokens an image, not that code's, "
             "which depend on the images a GPU and never use the last row and column; those: --sampler reference "
-            f"(mask.min_keep = {values['mask.min_keep']} acts there alone)"
+            f"(mask.min_keep = {released.mask.min_keep:g} acts there alone)"
         )
     else:
         notes.append(f"masks: that code's, the context cut to the smallest of {batch} images: its images of one GPU")
-    if values["meta.use_bfloat16"]:
+    if released.meta.use_bfloat16:
         notes.append(
             "precision: bf16 weights with fp32 masters; that code's autocast of fp32 weights is "
             '"torch_autocast": {"enabled": true, "dtype": "bfloat16"} in place of "bf16"'
         )
-    notes += [f"{key} has no counterpart: {reason}" for key, reason in _DROPPED.items() if key in values]
+    for section, key, field, _ in Released.fields():
+        if field.annotation is Any and key in getattr(released, section).model_fields_set:
+            notes.append(f"{section}.{key} has no counterpart: {field.description}")
     return notes
-
-
-def _number_of_text(value: Any, key: str) -> Any:
-    """YAML reads 1e-6, without a point, as a string."""
-    if isinstance(value, str) and _TRANSLATED.get(key) == "number":
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -19,8 +19,10 @@ _PLAIN = (dict, list, tuple, set, str, bytes, int, float, complex, type(None), T
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """The dictionary that ``torch.save`` wrote: tensors (on the CPU, mapped from the file), numbers, strings, lists,
-    tuples, sets and dictionaries. numpy's scalars become Python's numbers.
+    """The dictionary that ``torch.save`` wrote, with numpy's scalars as Python's numbers.
+
+    Tensors are on the CPU, mapped from the file; beside them it may hold numbers, strings, lists, tuples, sets and
+    dictionaries.
 
     Raises:
         UserError: a truncated or damaged file, or one that carries anything else. Nothing in it has been called.
@@ -103,7 +105,7 @@ def _number(dtype: _Dtype, data: bytes) -> float | int | bool:
 
 # The released training code keeps learning rates and losses that may be numpy's scalars. numpy's own constructors are
 # not let in: these stand in for them, under their names of numpy 1 and 2.
-_STAND_INS = [
+_STAND_INS: list[Any] = [
     (_Dtype, "numpy.dtype"),
     (_number, "numpy.core.multiarray.scalar"),
     (_number, "numpy._core.multiarray.scalar"),

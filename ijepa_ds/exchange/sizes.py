@@ -8,9 +8,9 @@ Shapes: N patches, D encoder width, P predictor width.
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +22,15 @@ from ijepa_ds.method.positions import sine_cosine_positions
 from ijepa_ds.method.predictor import Predictor
 
 POSITIONS_TOLERANCE = 1e-5
+Shapes = Mapping[str, tuple[int | None, ...]]  # by name; None: any length
 
 
 @dataclass(frozen=True)
 class TensorSizes:
-    """What the shapes of an encoder's or a predictor's tensors tell; ``outer`` is the patch size in pixels of an
-    encoder, the encoder's width for a predictor."""
+    """What the shapes of an encoder's or a predictor's tensors tell.
+
+    ``outer``: an encoder's patch size in pixels; of a predictor the encoder's width.
+    """
 
     width: int
     depth: int
@@ -45,23 +48,47 @@ def predictor_sizes(weights: dict[str, Tensor]) -> TensorSizes | None:
     return _sizes(weights, "predictor_blocks", "predictor_norm", "predictor_embed.weight", 1)
 
 
-def encoder_problems(weights: dict[str, Tensor], sizes: TensorSizes) -> list[str]:
-    """All missing, extra and misshapen tensors of an encoder; its positions are left to :func:`grid_of_positions`."""
-    dimensions = Dimensions(sizes.width, sizes.depth, 1, mlp_ratio(sizes.width, sizes.hidden))
+def encoder_shapes(sizes: TensorSizes) -> Shapes:
+    """Shapes of all tensors of an encoder of these sizes, with positions of any grid."""
     with torch.device("meta"):
-        expected = VisionTransformer((sizes.outer, sizes.outer), sizes.outer, dimensions).state_dict()
-    return _differences(weights, expected, "pos_embed")
+        dimensions = Dimensions(sizes.width, sizes.depth, 1, sizes.hidden)
+        weights = VisionTransformer((sizes.outer, sizes.outer), sizes.outer, dimensions).state_dict()
+    return {**shapes_of(weights), "pos_embed": (1, None, sizes.width)}
 
 
-def predictor_problems(weights: dict[str, Tensor], sizes: TensorSizes) -> list[str]:
-    """The same for a predictor, whose MLP is always four times as wide as itself."""
+def predictor_shapes(sizes: TensorSizes) -> Shapes:
+    """Shapes of all tensors of a predictor of these sizes, whose MLPs are always four times as wide as itself."""
     with torch.device("meta"):
-        expected = Predictor((1, 1), sizes.outer, width=sizes.width, depth=sizes.depth, heads=1).state_dict()
-    return _differences(weights, expected, "predictor_pos_embed")
+        weights = Predictor((1, 1), sizes.outer, width=sizes.width, depth=sizes.depth, heads=1).state_dict()
+    return {**shapes_of(weights), "predictor_pos_embed": (1, None, sizes.width)}
 
 
-def grid_of_positions(table: Tensor) -> tuple[int, int] | None:
-    """(rows, columns) of the grid whose fixed positions [1, N, D] are; None if they are those of no grid.
+def shapes_of(weights: Mapping[str, Tensor]) -> Shapes:
+    """Name -> shape of each tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def shape_differences(shapes: Shapes, expected: Shapes) -> list[str]:
+    """What is missing, unknown or of another shape, a line each; one line for what several blocks have alike."""
+    names_of: dict[tuple[str, str], list[str]] = {}
+    for name in [*expected, *(name for name in shapes if name not in expected)]:
+        if name not in shapes:
+            difference = "is missing"
+        elif name not in expected:
+            difference = "is unknown"
+        elif not _fits(shapes[name], expected[name]):
+            difference = f"is {_show(shapes[name])}, not {_show(expected[name])}"
+        else:
+            continue
+        names_of.setdefault((re.sub(r"blocks\.\d+\.", "blocks.*.", name), difference), []).append(name)
+    return [
+        f"{names[0]} {difference}" if len(names) == 1 else f"{pattern} {difference}, in {len(names)} blocks"
+        for (pattern, difference), names in names_of.items()
+    ]
+
+
+def grid_of_positions(table: Tensor, source: str) -> tuple[int, int]:
+    """(rows, columns) of the grid whose fixed positions [1, N, D] are; refuses others.
 
     Squares are tried first. The tolerance is 1e-5, or the resolution of a 16-bit table.
     """
@@ -72,42 +99,35 @@ def grid_of_positions(table: Tensor) -> tuple[int, int] | None:
         grid = (rows, number // rows)
         if (sine_cosine_positions(width, grid) - table[0].float()).abs().max() <= tolerance:
             return grid
-    return None
+    raise UserError(
+        f"{source} has other positions than the fixed sine-cosine ones of I-JEPA on any grid of {number} patches (a "
+        "learned table?), so it cannot be used here; give an I-JEPA encoder"
+    )
 
 
-def heads_of_width(width: int, heads: int | None, source: object) -> int:
-    """The number of attention heads: ``heads`` if given, else that of the named size of this width."""
-    if heads is None:
+def attention_heads(width: int, given: int | None, source: object) -> int:
+    """The number of attention heads: ``given``, else that of the named size of this width."""
+    if given is None:
         named = {dimensions.width: dimensions.heads for dimensions in NAMED_DIMENSIONS.values()}
         if width not in named:
             raise UserError(
                 f"{source} has a width of {width}, which is none of the named sizes, and heads cannot be read off "
                 "tensors; give their number with --heads or a configuration with --config"
             )
-        heads = named[width]
-    if heads < 1 or width % heads:
-        raise UserError(f"--heads {heads} does not divide the width of {width} of {source}; give a number that does")
-    return heads
-
-
-def mlp_ratio(width: int, hidden: int) -> float:
-    """The ratio from which ``int(width * ratio)`` gives exactly ``hidden``."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+        return named[width]
+    if given < 1 or width % given:
+        raise UserError(f"--heads {given} does not divide the width of {width} of {source}; give a number that does")
+    return given
 
 
 def name_of(dimensions: Dimensions) -> str | None:
     """tiny to giant, if these are the dimensions of one."""
-    for name, named in NAMED_DIMENSIONS.items():
-        same = (named.width, named.depth, named.heads) == (dimensions.width, dimensions.depth, dimensions.heads)
-        if same and int(named.width * named.mlp_ratio) == int(dimensions.width * dimensions.mlp_ratio):
-            return name
-    return None
+    return next((name for name, named in NAMED_DIMENSIONS.items() if named == dimensions), None)
 
 
 def _sizes(weights: dict[str, Tensor], blocks: str, norm: str, outermost: str, axis: int) -> TensorSizes | None:
     """The most frequent width and hidden width, so that one misshapen tensor is named and not the others."""
-    depth, widths, hidden = 0, [], []
+    depth, widths, hidden = 0, list[int](), list[int]()
     for name, tensor in weights.items():
         block = re.fullmatch(rf"{blocks}\.(\d+)\.(.+)", name)
         if block and tensor.ndim == 1:
@@ -125,15 +145,9 @@ def _sizes(weights: dict[str, Tensor], blocks: str, norm: str, outermost: str, a
     return TensorSizes(width, depth, statistics.mode(hidden), outer.shape[axis])
 
 
-def _differences(weights: dict[str, Tensor], expected: dict[str, Tensor], positions: str) -> list[str]:
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    for name, tensor in weights.items():
-        if name not in expected:
-            problems.append(f"{name} is none of I-JEPA's tensors")
-        elif name == positions:
-            width = expected[name].shape[-1]
-            if tensor.ndim != 3 or tensor.shape[0] != 1 or tensor.shape[1] < 1 or tensor.shape[2] != width:
-                problems.append(f"{name} is {list(tensor.shape)}, not [1, patches, {width}]")
-        elif tensor.shape != expected[name].shape:
-            problems.append(f"{name} is {list(tensor.shape)}, not {list(expected[name].shape)}")
-    return problems
+def _fits(shape: tuple[int | None, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(b in (None, a) for a, b in zip(shape, expected, strict=True))
+
+
+def _show(shape: tuple[int | None, ...]) -> str:
+    return f"[{', '.join('any' if side is None else str(side) for side in shape)}]"

@@ -37,24 +37,27 @@ def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             renamed[_TRANSFORMERS[stem] + kind] = tensor
         elif block[2] == "attn.qkv":
             for part, third in zip(_QKV, tensor.chunk(3), strict=True):
-                renamed[f"encoder.layer.{block[1]}.attention.attention.{part}{kind}"] = (
-                    third.clone()
-                )  # no shared storage
+                theirs = f"encoder.layer.{block[1]}.attention.attention.{part}{kind}"
+                renamed[theirs] = third.clone()  # no shared storage
         else:
             renamed[f"encoder.layer.{block[1]}.{_TRANSFORMERS_BLOCK[block[2]]}{kind}"] = tensor
     return renamed
 
 
 def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same back. What has no counterpart, or no three thirds of one shape, keeps its name: a check will name it."""
+    """An encoder's state dict under timm's names, from transformers'; the thirds become ``attn.qkv``.
+
+    What has no counterpart, or no three thirds of one shape, keeps its name: a check will name it.
+    """
     outer = {theirs: ours for ours, theirs in _TRANSFORMERS.items()}
     inner = {theirs: ours for ours, theirs in _TRANSFORMERS_BLOCK.items()}
-    renamed, thirds = {}, {}
+    renamed: dict[str, Tensor] = {}
+    thirds: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for name, tensor in weights.items():
         stem, kind = _split(name)
         block = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", stem)
         part = re.fullmatch(r"attention\.attention\.(query|key|value)", block[2]) if block else None
-        if part is not None:
+        if block is not None and part is not None:
             thirds.setdefault(f"blocks.{block[1]}.attn.qkv{kind}", {})[part[1]] = (name, tensor)
         elif block is not None and block[2] in inner:
             renamed[f"blocks.{block[1]}.{inner[block[2]]}{kind}"] = tensor
@@ -74,7 +77,7 @@ def to_reference(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_reference(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same back; names without the prefix, as some tools leave them, stay."""
+    """A state dict under our names; names without the prefix, as some tools leave them, stay."""
     return {str(name).removeprefix(REFERENCE_PREFIX): tensor for name, tensor in weights.items()}
 
 

@@ -8,6 +8,7 @@ Shapes: B images, N patches, K context tokens, D encoder width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.models import create_model, is_model
@@ -23,12 +24,16 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Size of a vision transformer; ``mlp_ratio`` is the MLP's hidden width over ``width``."""
+    """Size of a vision transformer; ``hidden`` is the width inside its MLPs, four times ``width`` where not given."""
 
     width: int
     depth: int
     heads: int
-    mlp_ratio: float = 4.0
+    hidden: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.hidden:
+            object.__setattr__(self, "hidden", 4 * self.width)
 
 
 # Small to giant as in the released code; its tiny and small have depth 12 too.
@@ -38,7 +43,7 @@ NAMED_DIMENSIONS = {
     "base": Dimensions(768, 12, 12),
     "large": Dimensions(1024, 24, 16),
     "huge": Dimensions(1280, 32, 16),
-    "giant": Dimensions(1408, 40, 16, 48 / 11),
+    "giant": Dimensions(1408, 40, 16, 6144),
 }
 
 
@@ -50,12 +55,11 @@ def dimensions_of(name: str) -> Dimensions:
     if not is_model(name):
         raise UserError(f"model.encoder = '{name}' is neither one of {names} nor a model of timm; choose one of these")
     with torch.device("meta"):
-        model = create_model(name, num_classes=0)
-    block = model.blocks[0] if isinstance(model, TimmVisionTransformer) else None
+        model: Any = create_model(name, num_classes=0)
+    block: Any = model.blocks[0] if isinstance(model, TimmVisionTransformer) else None
     if block is None or not isinstance(block.ls1, nn.Identity) or not isinstance(block.attn.q_norm, nn.Identity):
         raise UserError(f"model.encoder = '{name}' is not a plain ViT of timm; choose one of {names} or a vit_*_patch*")
-    hidden = block.mlp.fc1.out_features / model.embed_dim
-    return Dimensions(model.embed_dim, len(model.blocks), block.attn.num_heads, hidden)
+    return Dimensions(model.embed_dim, len(model.blocks), block.attn.num_heads, block.mlp.fc1.out_features)
 
 
 def initialize(module: nn.Module, generator: torch.Generator | None = None) -> None:
@@ -73,9 +77,9 @@ def initialize(module: nn.Module, generator: torch.Generator | None = None) -> N
             nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Linear | nn.Conv2d):
             nn.init.trunc_normal_(part.weight, std=INIT_STD, generator=generator)
-            nn.init.zeros_(part.bias)
+            nn.init.zeros_(weights["bias"])
         elif "mask_token" in weights:
-            nn.init.trunc_normal_(part.mask_token, std=INIT_STD, generator=generator)
+            nn.init.trunc_normal_(weights["mask_token"], std=INIT_STD, generator=generator)
         elif any(weight.requires_grad for weight in weights.values()):
             raise AssertionError(f"no initialisation is known for {type(part).__name__}: {list(weights)}")
 
@@ -113,7 +117,7 @@ class VisionTransformer(TimmVisionTransformer):
             embed_dim=dimensions.width,
             depth=dimensions.depth,
             num_heads=dimensions.heads,
-            mlp_ratio=dimensions.mlp_ratio,
+            mlp_ratio=(dimensions.hidden + 0.5) / dimensions.width,  # of which timm takes int(width * ratio)
             qkv_bias=True,
             class_token=False,
             global_pool="avg",
@@ -129,10 +133,14 @@ class VisionTransformer(TimmVisionTransformer):
         if self.pos_embed.device.type != "meta":
             initialize(self, generator)
 
-    def forward(self, images: Tensor, indices: Tensor | None = None, *, blocks_out: int = 1) -> Tensor | list[Tensor]:
-        """images [B, 3, H, W] -> features after the final norm [B, N, D], of the patches ``indices`` [B, K] alone if
-        given: positions are added before the selection. With ``blocks_out`` n > 1: the final norm of each of the last n
-        blocks' outputs, in order, as a list."""
+    def forward(  # type: ignore[override]
+        self, images: Tensor, indices: Tensor | None = None, *, blocks_out: int = 1
+    ) -> Tensor | list[Tensor]:
+        """Features after the final norm: images [B, 3, H, W] -> [B, N, D].
+
+        With ``indices`` [B, K] of those patches alone, [B, K, D]; positions are added before the selection. With
+        ``blocks_out`` n > 1 the final norm of each of the last n blocks' outputs, in order, as a list.
+        """
         if not 1 <= blocks_out <= len(self.blocks):
             raise ValueError(f"blocks_out = {blocks_out} must be from 1 to the encoder's {len(self.blocks)} blocks")
         tokens = self.patch_embed(images) + self.pos_embed  # [B, N, D]
@@ -150,4 +158,4 @@ def set_attention(module: nn.Module, *, fused: bool) -> None:
     """Choose torch's fused attention or explicit products: on a CPU the fused backward is several times slower."""
     for part in module.modules():
         if hasattr(part, "fused_attn"):
-            part.fused_attn = fused
+            part.fused_attn = fused  # type: ignore[assignment]

@@ -40,16 +40,16 @@ def refusal(path) -> str:
 
 def test_a_trace_is_read(trace):
     found = read_trace(trace)
-    assert (found.num_steps, found.image_size) == (3, (16, 16))
+    assert (len(found.settings.steps), found.settings.image_size) == (3, (16, 16))
     assert found.tensor("step1/context_masks").shape == (1, 2, 4)
-    assert found.recorded(2)["loss"] > 0
+    assert found.settings.steps[2].loss > 0
 
 
-def test_a_rectangular_grid_and_another_mlp_ratio_are_read(tmp_path):
-    found = read_trace(record_trace(tmp_path, image_size=[16, 24], encoder=(24, 1, 3, 48 / 11 * 11 / 12)))
+def test_a_rectangular_grid_and_another_hidden_width_are_read(tmp_path):
+    found = read_trace(record_trace(tmp_path, image_size=[16, 24], encoder=(24, 1, 3, 97)))
     encoder, predictor = found.build()
-    assert encoder.grid == (4, 6) and encoder.blocks[0].mlp.fc1.out_features == 96
-    assert found.mlp_ratio == 4.0 and predictor.predictor_pos_embed.shape == (1, 24, 8)
+    assert encoder.grid == (4, 6) and encoder.blocks[0].mlp.fc1.out_features == 97
+    assert predictor.predictor_pos_embed.shape == (1, 24, 8)
 
 
 def test_everything_missing_extra_and_misshapen_is_named(trace):
@@ -60,10 +60,10 @@ def test_everything_missing_extra_and_misshapen_is_named(trace):
         step2__images=None,
     )
     message = refusal(trace)
-    assert "missing: init/encoder/norm.bias" in message
-    assert "missing: step2/images" in message
-    assert "unknown: init/encoder/norm/weight" in message
-    assert "final/predictor/mask_token has shape [1, 1, 9], not [1, 1, 8]" in message
+    assert "init/encoder/norm.bias is missing" in message
+    assert "step2/images is missing" in message
+    assert "init/encoder/norm/weight is unknown" in message
+    assert "final/predictor/mask_token is [1, 1, 9], not [1, 1, 8]" in message
     assert message.count("\n") == 4
 
 
@@ -73,7 +73,7 @@ def test_everything_missing_extra_and_misshapen_is_named(trace):
         ("step0/context_masks", np.full((1, 2, 3), 16, np.int16), "numbers of patches from 0 to 15"),
         ("step0/target_masks", np.zeros((4, 2, 3), np.float32), "numbers of patches from 0 to 15"),
         ("step1/images", np.full((2, 3, 16, 16), np.nan, np.float32), "finite"),
-        ("step1/context_masks", np.zeros((2, 2, 3), np.int16), "has shape [2, 2, 3], not [1, 2, any]"),
+        ("step1/context_masks", np.zeros((2, 2, 3), np.int16), "is [2, 2, 3], not [1, 2, any]"),
         ("final/encoder/norm.bias", np.array(["x"] * 16), "finite numbers"),
     ],
 )
@@ -86,19 +86,21 @@ def test_values_that_cannot_be_replayed_are_refused(trace, key, value, text):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"batch_size": None, "ema": None}, "lacks batch_size, ema"),
-        ({"encoder": {"dim": 16, "depth": 2}}, "lacks encoder.heads"),
+        ({"batch_size": None, "ema": None}, "batch_size is missing\n  - ema is missing"),
+        ({"encoder": {"dim": 16, "depth": 2}}, "encoder.heads is missing"),
+        ({"encoder": None, "lr": 3}, "encoder.heads is missing\n  - lr must be an object, not a number"),
+        ({"weight_decay": [0.1], "epochs": "3"}, 'epochs = "3" must be a number\n  - weight_decay = [0.1] must be'),
         (
             {"steps": [{"loss": 1.0, "lr": 1, "weight_decay": 1, "momentum": 1, "grad_norm_encoder": 1}]},
-            "steps[0].grad",
+            "steps[0].grad_norm_predictor is missing",
         ),
-        ({"steps": []}, "at least one recorded step"),
-        ({"targets": 0}, "targets hold no usable value"),
-        ({"patch_size": 5}, "does not divide"),
-        ({"layer_norm_eps": 1e-5}, "layer_norm_eps"),
-        ({"encoder": {"dim": 16, "depth": 2, "heads": 3}}, "does not divide by its 3 heads"),
-        ({"encoder": {"dim": 16, "depth": 3, "heads": 2}}, "missing: init/encoder/blocks.2.norm1.weight"),
-        ({"targets": 3}, "step0/target_masks has shape [4, 2, 3], not [3, 2, any]"),
+        ({"steps": []}, "steps = [] must hold at least 1"),
+        ({"targets": 0}, "targets = 0 must be at least 1"),
+        ({"patch_size": 5}, "patch_size = 5 does not divide image_size = [16, 16]"),
+        ({"layer_norm_eps": 1e-5}, "layer_norm_eps = 1e-05 is not 1e-6"),
+        ({"encoder": {"dim": 16, "depth": 2, "heads": 3}}, "must have a dim that its heads and 4 divide"),
+        ({"encoder": {"dim": 16, "depth": 3, "heads": 2}}, "init/encoder/blocks.2.norm1.weight is missing"),
+        ({"targets": 3}, "step0/target_masks is [4, 2, 3], not [3, 2, any]"),
     ],
 )
 def test_settings_that_are_missing_or_do_not_fit_are_named(trace, changes, text):

@@ -14,7 +14,7 @@ from ijepa_ds.checks.replay import main
 
 OTHER = {
     "image_size": [16, 24],
-    "encoder": (24, 2, 3, 3.0),
+    "encoder": (24, 2, 3, 72),
     "predictor": (12, 2, 3),
     "batch_size": 4,
     "targets": 3,

@@ -86,9 +86,9 @@ def test_the_command_writes_the_newest_checkpoints_encoder(tmp_path, capsys) -> 
 
 SIZES = [
     pytest.param((32, 32), 4, Dimensions(32, 2, 2), id="32 px"),
-    pytest.param((32, 16), 4, Dimensions(48, 3, 4, 3.0), id="not square"),
+    pytest.param((32, 16), 4, Dimensions(48, 3, 4, 144), id="not square"),
     pytest.param((28, 28), 14, Dimensions(192, 2, 3), id="named width"),
-    pytest.param((32, 64), 16, Dimensions(44, 1, 1, 48 / 11), id="the giant's MLP ratio"),
+    pytest.param((32, 64), 16, Dimensions(44, 1, 1, 192), id="the giant's MLP ratio"),
 ]
 
 
@@ -132,8 +132,8 @@ def test_timm_and_transformers_load_all_and_give_our_features(
         assert f"the {encoder.upper()} encoder of" in capsys.readouterr().out
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=image_size, patch_size=patch_size, embed_dim=dimensions.width,
-        depth=dimensions.depth, num_heads=dimensions.heads, mlp_ratio=dimensions.mlp_ratio, class_token=False,
-        global_pool="avg", fc_norm=False, num_classes=0,
+        depth=dimensions.depth, num_heads=dimensions.heads, mlp_ratio=dimensions.hidden / dimensions.width,
+        class_token=False, global_pool="avg", fc_norm=False, num_classes=0,
         checkpoint_path=str(run / "export" / f"{encoder}_encoder.safetensors"),
     ).eval()  # fmt: skip
     folder = run / "export" / ("transformers" if encoder == "target" else "transformers_context")

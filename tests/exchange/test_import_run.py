@@ -118,7 +118,7 @@ def test_another_recipe_does_not_go_on_from_it() -> None:
 
 def test_without_a_config_it_is_inferred_and_printed(tmp_path, capsys) -> None:
     path = save_released(
-        tmp_path / "x.pth.tar", image_size=(32, 48), patch_size=8, dimensions=Dimensions(192, 2, 3, 3.0),
+        tmp_path / "x.pth.tar", image_size=(32, 48), patch_size=8, dimensions=Dimensions(192, 2, 3, 576),
         predictor_width=48,
     )  # fmt: skip
     main([str(path), "--out", str(tmp_path / "run"), "--set", "ijepa.data.workers=3"])

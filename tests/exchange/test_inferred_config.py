@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from distributed_runs import tiny_config
 from released_files import SMALL
 
+from ijepa_ds.build import encoder_dimensions
 from ijepa_ds.config import load_config, parse_config
 from ijepa_ds.exchange.inferred_config import infer_config, size_differences
 from ijepa_ds.exchange.read import ForeignEncoder
 from ijepa_ds.exchange.sizes import TensorSizes
-from ijepa_ds.method.encoder import NAMED_DIMENSIONS
+from ijepa_ds.method.encoder import NAMED_DIMENSIONS, Dimensions
 
 
 def test_the_named_sizes_take_the_recipe_of_their_file() -> None:
@@ -25,6 +27,7 @@ def test_the_named_sizes_take_the_recipe_of_their_file() -> None:
         raw["ijepa"]["run"] = {"name": file}
         expected = load_config(Path(__file__).resolve().parents[2] / "ds_configs" / f"{file}.json")
         assert parse_config(raw).recipe() == expected.recipe()
+        assert "$schema" not in raw
     assert "no file of ds_configs/" in of("huge", 14, 32, 12)[1]
 
 
@@ -34,6 +37,16 @@ def test_an_encoder_alone_is_enough() -> None:
     config = parse_config(raw)
     assert config.ijepa.data.image_size == (32, 16) and config.grid == (8, 4)
     assert size_differences(config, ForeignEncoder("x", "timm", "unknown", {}, SMALL, 4, (12, 12))) == []
+
+
+@pytest.mark.parametrize("hidden", [*range(1, 40), 575, 577, 6143])
+def test_any_hidden_width_survives_the_configuration(hidden) -> None:
+    for width in (12, 36, 1408):
+        encoder = ForeignEncoder("x", "timm", "unknown", {}, Dimensions(width, 1, 1, hidden), 4, (8, 8))
+        raw, _ = infer_config(encoder)
+        raw["ijepa"]["run"] = {"name": "x"}
+        if raw["ijepa"]["model"]["mlp_ratio"] >= 0.1:  # a configuration has no narrower ones
+            assert encoder_dimensions(parse_config(raw)).hidden == hidden
 
 
 def test_heads_are_compared_where_a_file_tells_them() -> None:

@@ -41,7 +41,7 @@ def test_a_released_checkpoint(tmp_path, encoder) -> None:
     path = save_released(tmp_path / "x.pth.tar", content)
     found = read_encoder(path, encoder=encoder, heads=2)
     assert (found.format, found.role, found.grid, found.patch_size) == ("reference", encoder, (8, 4), 4)
-    assert found.dimensions == SMALL and f"the {encoder.upper()} encoder" in found.say()
+    assert found.dimensions == SMALL and f"the {encoder.upper()} encoder" in found.describe()
     key = {"target": "target_encoder", "context": "encoder"}[encoder]
     expected = {name.removeprefix("module."): tensor for name, tensor in content[key].items()}
     assert_same_tensors(found.state_dict(), expected)
@@ -105,7 +105,7 @@ def test_features_of_a_transformers_folder_are_the_librarys(tmp_path, image_size
     model = transformers_folder(tmp_path, image_size)
     found = read_encoder(tmp_path)
     assert (found.format, found.role) == ("transformers", "unknown")
-    assert found.dimensions == Dimensions(32, 2, 2, 3.0) and found.grid == (image_size[0] // 4, image_size[1] // 4)
+    assert found.dimensions == Dimensions(32, 2, 2, 96) and found.grid == (image_size[0] // 4, image_size[1] // 4)
     images = torch.randn(3, 3, *image_size)
     with torch.no_grad():
         theirs = model(images).last_hidden_state
@@ -144,7 +144,7 @@ def test_every_problem_of_a_checkpoint_is_named_at_once(tmp_path) -> None:
     with pytest.raises(UserError) as error:
         read_reference(save_released(tmp_path / "x.pth.tar", content), heads=2)
     for expected in (
-        "6 problems", "encoder: norm.bias is missing", "encoder: cls_token is none of",
+        "6 problems", "encoder: norm.bias is missing", "encoder: cls_token is unknown",
         "target_encoder: blocks.1.norm1.weight is [28], not [32]", "target_encoder: norm.weight holds NaN",
         "predictor: mask_token is missing", "predictor: predictor_proj.bias is a int, not a tensor",
     ):  # fmt: skip

@@ -11,7 +11,7 @@ import yaml
 
 from ijepa_ds.config import load_config, parse_config
 from ijepa_ds.errors import UserError
-from ijepa_ds.exchange.reference_yaml import main
+from ijepa_ds.exchange.reference_yaml import Released, main
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 # The values of the released in1k_vith14_ep300.
@@ -105,14 +105,17 @@ def test_every_key_is_known_and_none_is_lost(tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"mask__allow_overlap": True}, ["mask.allow_overlap = True is not supported, only False"]),
-        ({"mask__num_enc_masks": 2}, ["mask.num_enc_masks = 2 is not supported, only 1"]),
-        ({"data__use_horizontal_flip": True, "data__use_gaussian_blur": True}, ["2 problems", "without flips", "blur"]),
-        ({"data__use_color_distortion": True}, ["without colour augmentation"]),
-        ({"meta__model_name": "vit_colossal"}, ["'vit_colossal' must be one of vit_tiny, vit_small"]),
+        ({"mask__allow_overlap": True}, ["mask.allow_overlap = true must be false: the context block never overlaps"]),
+        ({"mask__num_enc_masks": 2}, ["mask.num_enc_masks = 2 must be 1"]),
+        ({"data__use_horizontal_flip": True, "data__use_gaussian_blur": True}, ["2 problems", "no flips", "no blur"]),
+        ({"data__use_color_distortion": True}, ["has no colour augmentation"]),
+        ({"meta__model_name": "vit_colossal"}, ['"vit_colossal" must be one of vit_tiny, vit_small']),
         ({"mask__number": 3}, ["mask.number is not a key of the released code"]),
-        ({"optimization__lr": "fast"}, ["optimization.lr = 'fast' must be a number"]),
-        ({"optimization__ema": 0.9}, ["optimization.ema = 0.9 must be a list of two numbers"]),
+        ({"mask__num_pred_mask": 3}, ["is not a key of the released code; did you mean num_pred_masks?"]),
+        ({"mask__num_pred_masks": 0, "optimization__lr": -1}, ["num_pred_masks = 0 must be at least", "lr = -1 must"]),
+        ({"optimization__epochs": True, "meta__use_bfloat16": 1}, ["epochs = true must be a number", "true or false"]),
+        ({"optimization__lr": "fast"}, ['optimization.lr = "fast" must be a number']),
+        ({"optimization__ema": 0.9}, ["optimization.ema = 0.9 must be a list of 2 numbers"]),
         ({"data__crop_size": 225}, ["x.yaml, converted, has 1 problem", "patch_size = 14 does not divide"]),
     ],
 )  # fmt: skip
@@ -146,7 +149,15 @@ def test_what_is_no_such_file(tmp_path, text) -> None:
         main([str(tmp_path / "nowhere.yaml")])
 
 
-def test_the_documentation_lists_every_key() -> None:
-    table = (CONFIGS.parent / "docs" / "recipe.md").read_text().partition("## The released code's YAML")[2]
-    missing = [name for values in RELEASED.values() for name in values if f"{name}`" not in table]
-    assert not missing
+def test_every_key_of_the_released_files_has_a_row_in_the_documents() -> None:
+    table = (CONFIGS.parent / "docs" / "configuration.md").read_text()
+    rows = {f"{section}.{name}" for section, values in RELEASED.items() for name in values}
+    assert {row for row in rows if f"| `{row}` |" not in table} == set()
+    assert {f"{section}.{key}" for section, key, _, _ in Released.fields()} == rows
+
+
+def test_every_key_of_ours_that_is_named_exists() -> None:
+    ours = load_config(CONFIGS / "vith14.json").as_dict()["ijepa"]
+    settings = {f"ijepa.{section}.{key}" for section, part in ours.items() if isinstance(part, dict) for key in part}
+    targets = {target for _, _, _, target in Released.fields() if target.startswith("ijepa.")}
+    assert len(targets) > 15 and targets <= settings

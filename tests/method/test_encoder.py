@@ -19,7 +19,7 @@ from ijepa_ds.method.encoder import (
 )
 from ijepa_ds.method.positions import sine_cosine_positions
 
-SMALL = Dimensions(width=32, depth=3, heads=4, mlp_ratio=2.5)
+SMALL = Dimensions(width=32, depth=3, heads=4, hidden=80)
 IMAGE_SIZE, PATCH = (16, 24), 4  # 4 x 6 patches
 
 
@@ -180,7 +180,16 @@ def test_named_dimensions_are_the_released_codes():
         "giant": (1408, 40, 16),
     }
     assert all(dimensions_of(name) == dimensions for name, dimensions in NAMED_DIMENSIONS.items())
-    assert {d.mlp_ratio for name, d in NAMED_DIMENSIONS.items() if name != "giant"} == {4.0}
+    assert {d.hidden / d.width for name, d in NAMED_DIMENSIONS.items() if name != "giant"} == {4.0}
+
+
+def test_the_mlps_have_the_hidden_width_that_is_asked_for():
+    assert Dimensions(32, 1, 1) == Dimensions(32, 1, 1, 128)
+    for width in (12, 36, 1408):
+        for hidden in (1, 7, 47, 143, 4 * width, 6143, 6999):
+            with torch.device("meta"):
+                encoder = VisionTransformer((8, 8), 8, Dimensions(width, 1, 1, hidden))
+            assert encoder.blocks[0].mlp.fc1.out_features == hidden
 
 
 @pytest.mark.parametrize(
@@ -200,9 +209,9 @@ def test_the_large_models_have_their_number_of_parameters(name, size, patch, mil
 @pytest.mark.parametrize(
     ("name", "dimensions"),
     [
-        ("vit_small_patch16_224", Dimensions(384, 12, 6, 4.0)),
-        ("vit_huge_patch14_gap_224", Dimensions(1280, 32, 16, 4.0)),
-        ("vit_giant_patch16_gap_224", Dimensions(1408, 40, 16, 48 / 11)),
+        ("vit_small_patch16_224", Dimensions(384, 12, 6, 1536)),
+        ("vit_huge_patch14_gap_224", Dimensions(1280, 32, 16, 5120)),
+        ("vit_giant_patch16_gap_224", Dimensions(1408, 40, 16, 6144)),
     ],
 )
 def test_names_of_timm_give_timms_dimensions(name, dimensions):
