@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
+import ijepa_ds.data  # noqa: F401  # isort: skip  # before ffcv, which then imports in no time
 import numpy as np
 from ffcv.libffcv import imdecode
 from ffcv.reader import Reader

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
+import ijepa_ds.data  # noqa: F401  # isort: skip  # before ffcv, which then imports in no time
 import cv2
 import numpy as np
 from ffcv.fields import FloatField, IntField, RGBImageField

@@ -27,7 +27,7 @@ from ijepa_ds.progress import duration
 from ijepa_ds.run.folder import read_run_config
 
 CONFIG = "ds_configs/scenes_tiny.json"
-# Enough images for a probe of 512 features, in half the time of all; random encoders enough to estimate a deviation.
+# Enough images for a probe of 512 features; random encoders enough to estimate a deviation.
 PROBE = ["--train-images", "8000", "--random-seeds", "5"]
 
 
@@ -38,7 +38,7 @@ class Stopped(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """The command line of ``python -m ijepa_ds demo``."""
     parser = argparse.ArgumentParser(prog="./run.sh demo", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--images", type=int, default=15000, help="training scenes to make")
+    parser.add_argument("--images", type=int, default=10000, help="training scenes to make")
     parser.add_argument("--validation-images", type=int, default=3000)
     parser.add_argument("--data", default="data/scenes", help="folder for the scenes")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="as for run.py")
@@ -144,6 +144,7 @@ def _summarise(run: Path, results: Path, seconds: float) -> None:
     for task in sorted(tasks, key=lambda task: task.label):
         trained, random = best_of(task.grid, "last")["value"], random_values(task, "last")
         points, deviations = margin(trained, random)
+        assert deviations is not None, "one random encoder has no deviation"
         reached = reached and deviations > 3
         print(
             f"{task.label}: trained {trained:.1f} %, random encoders {statistics.mean(random):.1f} ± "

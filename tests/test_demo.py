@@ -37,6 +37,7 @@ def test_the_demo_is_stopped_goes_on_to_a_probed_and_exported_encoder_and_is_reu
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "PROBE", PROBE)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two files of tests share two cores
     monkeypatch.setattr(demo, "has_fast_bf16", lambda device: False)
     run, over = tmp_path / "runs" / "scenes_tiny", threading.Event()
     watcher = threading.Thread(target=stop_after_the_first_step, args=(run / "metrics.jsonl", over))
