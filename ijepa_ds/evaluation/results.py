@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.candidates import Encoder
+from ijepa_ds.evaluation.candidates import Name
 
 SCHEMA = 1
 BASELINES = ("random", "pixels")
@@ -146,6 +146,11 @@ def format_margin(value: float, random: list[float]) -> str:
     return f"{points:+.1f} points" + (f" = {deviations:+.1f} sd" if deviations is not None else "")
 
 
+def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
+    """The mean of one or several values, and their standard deviation where there are several."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
 def _mean_and_deviation(values: list[float]) -> str:
     mean = f"{statistics.mean(values):.2f}"
     return mean + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
@@ -177,7 +182,7 @@ class Measurement:
     unit: str = "%"
 
 
-def combine(measured: list[tuple[Encoder, list[Measurement]]]) -> list[TaskResult]:
+def combine(measured: list[tuple[Name, list[Measurement]]]) -> list[TaskResult]:
     """The results of all tasks that were measured for the trained encoder and for both baselines.
 
     Raises:

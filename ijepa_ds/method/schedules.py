@@ -10,6 +10,14 @@ import math
 from dataclasses import dataclass
 
 
+def warmup_cosine(step: int, *, warmup_steps: int, horizon: int, start: float, peak: float, final: float) -> float:
+    """A linear way from ``start`` to ``peak``, then a cosine to ``final`` at ``horizon``, where it stays."""
+    if step < warmup_steps:
+        return start + step / warmup_steps * (peak - start)
+    progress = min(1.0, (step - warmup_steps) / max(1, horizon - warmup_steps))
+    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
     """What changes with the step."""
@@ -37,13 +45,15 @@ class Schedules:
 
     def at(self, step: int) -> Hyperparameters:
         """The values to use in ``step``, counted from 0."""
-        return Hyperparameters(self._lr(step + 1), self._weight_decay(step + 1), self._momentum(step))
-
-    def _lr(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return self.lr_start + step / self.warmup_steps * (self.lr_peak - self.lr_start)
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.horizon - self.warmup_steps))
-        return self.lr_final + (self.lr_peak - self.lr_final) * (1 + math.cos(math.pi * progress)) / 2
+        lr = warmup_cosine(
+            step + 1,
+            warmup_steps=self.warmup_steps,
+            horizon=self.horizon,
+            start=self.lr_start,
+            peak=self.lr_peak,
+            final=self.lr_final,
+        )
+        return Hyperparameters(lr, self._weight_decay(step + 1), self._momentum(step))
 
     def _weight_decay(self, step: int) -> float:
         start, final = self.weight_decay

@@ -7,47 +7,50 @@ Shapes: B images, N patches, D encoder width, n images in use.
 
 from __future__ import annotations
 
-import re
+import itertools
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 
+import psutil
 import torch
 from torch import Tensor
 
 from ijepa_ds.distributed import on_any_rank
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.candidates import Encoder
+from ijepa_ds.evaluation.candidates import Candidate
 from ijepa_ds.evaluation.features import extract_features
-from ijepa_ds.evaluation.inputs import AugmentedBatches, step_positions, validation_batches
-from ijepa_ds.evaluation.labels import Classes, confusion_matrix
-from ijepa_ds.evaluation.probes.attentive import LRS, WEIGHT_DECAYS, AttentiveProbe, attentive_probe
-from ijepa_ds.evaluation.probes.logistic import linear_probe
-from ijepa_ds.evaluation.results import Measurement
-from ijepa_ds.evaluation.setting import Setting, any_classes, augmented_loader, class_fields, measurement, normalized
+from ijepa_ds.evaluation.inputs import CachedInputs, Inputs, central_crops
+from ijepa_ds.evaluation.labels import Classes
+from ijepa_ds.evaluation.probes.attentive import attentive_probe
+from ijepa_ds.evaluation.probes.supervised import Course
+from ijepa_ds.evaluation.results import Measurement, best_of
+from ijepa_ds.evaluation.setting import Setting, any_classes, class_fields
+from ijepa_ds.evaluation.tasks.feature_probes import logistic
+from ijepa_ds.method.encoder import VisionTransformer
 
+LRS, WEIGHT_DECAYS = (3e-4, 1e-3, 3e-3), (0.01, 0.1, 0.4)
 BATCH, EPOCHS = 256, 20
 MEMORY_SHARE = 0.5  # of what is free, that cached tokens may take
 
 
-def attentive(setting: Setting, encoder: Encoder) -> list[Measurement]:
+def attentive(setting: Setting, candidate: Candidate) -> list[Measurement]:
     """A measurement for each label of classes."""
-    found = [
-        (_probe if encoder.module is not None else _pixels)(setting, encoder, field, any_classes(setting, field))
-        for field in class_fields(setting)
+    fields = class_fields(setting)
+    if candidate.module is None:
+        return [replace(measurement, task="attentive") for measurement in logistic(setting, candidate, fields)]
+    return [
+        measurement
+        for field in fields
+        for measurement in _probe(setting, candidate, candidate.module, field, any_classes(setting, field))
     ]
-    return [one for one in found if one is not None]
 
 
-def check_cached(setting: Setting, encoder: Encoder) -> None:
-    """Raises:
-    UserError: with --cached, the tokens of all images would not fit into memory.
-    """
-    data, module = setting.data, encoder.module
-    height, width = (size // module.patch_embed.proj.kernel_size[0] for size in data.image_size)
-    num_images = sum(len(samples) for samples in data.samples.values())
-    needed = num_images * height * width * module.embed_dim * 4 * setting.process.world_size
-    free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+def check_cached(setting: Setting, module: VisionTransformer) -> None:
+    """Refuse --cached where the tokens of all images would not fit into memory (:class:`UserError`)."""
+    num_images = sum(len(samples) for samples in setting.data.samples.values())
+    tokens = module.patch_embed.num_patches * module.embed_dim
+    needed, free = num_images * tokens * 4 * setting.process.world_size, psutil.virtual_memory().available
     if on_any_rank([needed > MEMORY_SHARE * free], setting.process)[0]:
         raise UserError(
             f"--cached with --task attentive would hold the tokens of {num_images} images, {needed / 2**30:.0f} GiB of "
@@ -55,128 +58,66 @@ def check_cached(setting: Setting, encoder: Encoder) -> None:
         )
 
 
-def _probe(setting: Setting, encoder: Encoder, field: str, classes: Classes) -> Measurement | None:
-    data, began, share = setting.data, time.monotonic(), setting.share()
-    num_images = len(data.samples["train"])
-    batch = min(setting.batch or BATCH, num_images)
+def _probe(
+    setting: Setting, candidate: Candidate, module: VisionTransformer, field: str, classes: Classes
+) -> list[Measurement]:
+    began, options, process, samples = time.monotonic(), setting.options, setting.process, setting.data.samples
+    batch = min(options.batch or BATCH, len(classes.train))
     setting.check_batch(batch)
-    tokens_of = _tokens(setting, encoder)
-    if setting.cached:
-        check_cached(setting, encoder)
-        encode, batches, validation = _cached(setting, tokens_of, classes, batch=batch)
-    else:
-        encode = tokens_of
-
-        def copied(images: Tensor) -> Tensor:
-            return images.clone()
-
-        batches = AugmentedBatches(
-            data,
-            augmented_loader(setting),
-            torch.arange(num_images).numpy(),
-            classes.train,
-            batch=batch,
-            seed=setting.seed,
-            prepare=copied,
+    tokens, share = _tokens(setting, module), setting.share()
+    if options.cached:
+        check_cached(setting, module)
+        train, validation = (
+            extract_features(
+                tokens,
+                setting.data.loader(split, crop_share=share),
+                samples[split],
+                process,
+                progress=setting.progress(f"tokens of {split}, {candidate}", len(samples[split])),
+            )
+            for split in ("train", "validation")
         )
-
-        def validation() -> Iterator[tuple[Tensor, Tensor]]:
-            return validation_batches(data, classes.validation, crop_share=share, prepare=copied)
-
-    probe: AttentiveProbe = attentive_probe(
-        encode,
-        width=encoder.module.embed_dim,
-        batches=batches,
-        validation=validation,
-        steps_per_epoch=max(1, num_images // batch),
+        inputs: Inputs = CachedInputs(train, classes.train, batch=batch, seed=setting.seed, process=process)
+        held_out = iter(validation[process.rank :: process.world_size].split(options.micro_batch))
+    else:
+        inputs = setting.augmented(classes.train, tokens, batch=batch)
+        loader = setting.data.loader("validation", crop_share=share)
+        held_out = central_crops(loader, samples["validation"], tokens, process)
+    points = list(itertools.product(options.lr or LRS, options.weight_decay or WEIGHT_DECAYS))
+    course = Course(options.epochs or EPOCHS, micro_batch=options.micro_batch)
+    predictions, rate = attentive_probe(
+        inputs,
+        held_out,
+        width=module.embed_dim,
         num_classes=classes.num_classes,
-        process=setting.process,
-        lrs=setting.lrs or LRS,
-        weight_decays=WEIGHT_DECAYS if setting.weight_decays is None else setting.weight_decays,
-        epochs=setting.epochs or EPOCHS,
-        micro_batch=data.micro_batch,
+        grid=points,
+        course=course,
         seed=setting.seed,
-        say=setting.progress(f"{field}, {encoder}"),
+        process=process,
+        progress=setting.progress(f"attentive probe {field}, {candidate}", course.epochs * inputs.steps * batch),
     )
-    if not setting.process.is_main:
-        return None
-    return measurement(
-        setting,
-        "attentive",
-        field,
-        [{"features": "tokens", **point} for point in probe.grid],
-        began,
-        rate=probe.images_per_second if probe.images_per_second == probe.images_per_second else None,
-        extra={
-            "epochs": setting.epochs or EPOCHS,
-            "batch": batch,
-            "augmentation": "none" if setting.cached else "random resized crop, flip",
-            "class_names": classes.names if classes.num_classes <= 100 else None,
-        },
-        confusion=confusion_matrix(classes, probe.predictions),
-    )
+    if not process.is_main:
+        return []
+    grid = [
+        {"features": "tokens", "lr": lr, "weight_decay": decay, "value": classes.accuracy(predictions[number])}
+        for number, (lr, decay) in enumerate(points)
+    ]
+    extra = {
+        "epochs": course.epochs,
+        "batch": batch,
+        "augmentation": "none" if options.cached else "random resized crop, flip",
+    }
+    confusion = classes.confusion(predictions[grid.index(best_of(grid))].clamp_min(0))
+    measurement = setting.measurement("attentive", field, grid, began, classes, extra=extra, confusion=confusion)
+    return [replace(measurement, images_per_second=rate)]
 
 
-def _tokens(setting: Setting, encoder: Encoder) -> Callable[[Tensor], Tensor]:
-    """uint8 images [B, H, W, 3] on the device -> patch tokens [B, N, D] after the final norm."""
-    prepare, dtype = normalized(setting), encoder.module.patch_embed.proj.weight.dtype
-    unseen = True
+def _tokens(setting: Setting, module: VisionTransformer) -> Callable[[Tensor], Tensor]:
+    """Make the function from uint8 images on the device [B, H, W, 3] to patch tokens [B, N, D] after the final norm."""
+    prepare, dtype = setting.normalize(), module.patch_embed.proj.weight.dtype
 
+    @torch.no_grad()
     def tokens(images: Tensor) -> Tensor:
-        nonlocal unseen
-        found = encoder.module(prepare(images).to(dtype)).float()
-        if unseen and not bool(torch.isfinite(found).all()):  # once: it makes the device wait
-            raise UserError("the patch tokens hold NaN or infinity: the checkpoint has diverged or is damaged")
-        unseen = False
-        return found
+        return module(prepare(images).to(dtype)).float()
 
     return tokens
-
-
-def _cached(
-    setting: Setting, tokens_of: Callable[[Tensor], Tensor], classes: Classes, *, batch: int
-) -> tuple[Callable, Callable, Callable]:
-    """The probe's three sources where tokens are made once, of the central crops: [n, N, D] float32 on the CPU."""
-    data, process = setting.data, setting.process
-    shape: tuple[int, ...] = ()
-
-    def flat(images: Tensor) -> Tensor:
-        nonlocal shape
-        tokens = tokens_of(images)
-        shape = tuple(tokens.shape[1:])
-        return tokens.flatten(1)
-
-    train, validation = (
-        extract_features(flat, data.loader(split, setting.share()), data.samples[split], process)
-        for split in ("train", "validation")
-    )
-
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for positions in step_positions(len(train), epoch, batch=batch, seed=setting.seed):
-            mine = torch.from_numpy(positions[process.rank :: process.world_size])
-            yield train[mine], classes.train[mine]
-
-    def held_out() -> Iterator[tuple[Tensor, Tensor]]:
-        mine = slice(process.rank, None, process.world_size)
-        return zip(
-            validation[mine].split(data.micro_batch), classes.validation[mine].split(data.micro_batch), strict=True
-        )
-
-    return lambda rows: rows.unflatten(1, shape), batches, held_out
-
-
-def _pixels(setting: Setting, encoder: Encoder, field: str, classes: Classes) -> Measurement | None:
-    began = time.monotonic()
-    train, validation = setting.extracted(encoder, crop_share=setting.share())
-    if not setting.process.is_main:
-        return None
-    fit = linear_probe(
-        train.to(setting.process.device),
-        classes.train,
-        validation,
-        classes.validation,
-        num_classes=classes.num_classes,
-        seed=0,
-    )
-    grid = [{"features": "pixels", "l2": fit.l2, "value": fit.accuracy}]
-    return measurement(setting, "attentive", field, grid, began)

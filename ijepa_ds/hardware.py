@@ -1,0 +1,81 @@
+"""What this machine computes fast: which processor it has, and whether bf16 is worth taking on it."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+_SIZE = 256  # rows and columns of the matrices that are multiplied: a third of a millisecond in fp32 on one core
+_SECONDS = 0.1
+_LEAST = 5  # products of each precision, however slow they are
+_CLEARLY = 0.8  # bf16 must take less than this share of the time of fp32
+
+
+def processor_name() -> str:
+    """Name of the processor as the system gives it, or of its architecture where it gives none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, names), "") or platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU or of the processor behind ``device``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+
+
+@functools.cache
+def product_seconds() -> dict[torch.dtype, float]:
+    """Median time of a product of two matrices on one core of the processor, in seconds, in bf16 and in fp32.
+
+    Both are timed in turn for a tenth of a second: what a processor says of itself does not tell what the libraries
+    make of it. One thread, so that the answer is the same in a process that has all cores and in one that shares them.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        exact = torch.ones(_SIZE, _SIZE)
+        matrices = {dtype: exact.to(dtype) for dtype in (torch.bfloat16, torch.float32)}
+        times: dict[torch.dtype, list[float]] = {dtype: [] for dtype in matrices}
+        for matrix in matrices.values():
+            matrix @ matrix  # the first product prepares its kernel
+        began = time.perf_counter()
+        while time.perf_counter() - began < _SECONDS or len(times[torch.float32]) < _LEAST:
+            for dtype, matrix in matrices.items():
+                start = time.perf_counter()
+                matrix @ matrix
+                times[dtype].append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return {dtype: statistics.median(values) for dtype, values in times.items()}
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 computes clearly faster than fp32 on ``device``: GPUs since Ampere; a processor is timed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    seconds = product_seconds()
+    return seconds[torch.bfloat16] < _CLEARLY * seconds[torch.float32]
+
+
+def why(device: torch.device) -> str:
+    """What :func:`has_fast_bf16` judges by, for a sentence."""
+    name = device_name(device)
+    if device.type == "cuda":
+        return f"{name} {'has' if has_fast_bf16(device) else 'lacks'} arithmetic for bf16"
+    half, single = (1000 * product_seconds()[dtype] for dtype in (torch.bfloat16, torch.float32))
+    return f"a product of {_SIZE} x {_SIZE} takes {half:.2g} ms in bf16 and {single:.2g} ms in fp32 on {name}"
+
+
+def bf16_warning(enabled: bool, device: torch.device, *, cure: str) -> str | None:
+    """One sentence with the cure where bf16 is ``enabled`` on a device that emulates it, else None."""
+    if not enabled or has_fast_bf16(device):
+        return None
+    return f"bf16 is not faster than fp32 here: {why(device)}; {cure} computes in fp32"
