@@ -78,7 +78,7 @@ def emulate_bf16() -> None:
 
 @once
 def emulated_run() -> TrainingRun:
-    config = tiny_config(ijepa__run__name="emulated", ijepa__run__stop_after_steps=1)
+    config = tiny_config(ijepa__run__name="emulated", ijepa__run__stop_after_steps=1, bf16={"enabled": True})
     return run_training(config, 2, prepare=emulate_bf16)
 
 
@@ -97,20 +97,17 @@ def test_autocast_has_a_cure_of_its_own_and_fp32_needs_none():
     assert SAID not in run_training(config, prepare=emulate_bf16).output
 
 
-def evaluation_output(run: str, beton: str, *options: str) -> str:
+def evaluation_output(run: str, beton: str) -> str:
     """What ``evaluate`` prints where bf16 is emulated."""
     from ijepa_ds.evaluation.command import main
 
     emulate_bf16()
     data = ["--train", beton, "--validation", beton, "--task", "knn", "--random-seeds", "1", "--no-pictures"]
     with contextlib.redirect_stdout(io.StringIO()) as shown:
-        main(["--checkpoint", run, *data, *options])
+        main(["--checkpoint", run, *data])
     return shown.getvalue()
 
 
-def test_evaluate_says_it_once_and_fp32_is_the_cure():
-    run, beton = str(emulated_run().folder), str(train_beton())
-    (said,) = run_ranks(evaluation_output, 1, run, beton)
-    assert said.count(SAID) == 1 and "; --fp32 computes in fp32" in said and "margin" in said
-    (cured,) = run_ranks(evaluation_output, 1, run, beton, "--fp32")
-    assert SAID not in cured and "margin" in cured
+def test_evaluate_takes_fp32_where_bf16_is_emulated_and_says_so_once():
+    (said,) = run_ranks(evaluation_output, 1, str(emulated_run().folder), str(train_beton()))
+    assert said.count(SAID) == 1 and "; the evaluation computes in fp32" in said and "margin" in said

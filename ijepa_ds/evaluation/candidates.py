@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ijepa_ds.build import build_encoder, working_dtype
 from ijepa_ds.config import Config
-from ijepa_ds.distributed import Process
-from ijepa_ds.evaluation.subject import Target
-from ijepa_ds.method.encoder import VisionTransformer
+from ijepa_ds.distributed import Process, from_main
+from ijepa_ds.evaluation.subject import Subject
+from ijepa_ds.hardware import has_fast_bf16
+from ijepa_ds.method.encoder import VisionTransformer, set_attention
 from ijepa_ds.method.ijepa import normalize_images
 
 PIXELS = 16  # raw pixels are compared at 16 x 16
@@ -25,47 +26,58 @@ BLOCKS = 4  # whose outputs `last4` holds
 
 
 @dataclass(frozen=True)
-class Encoder:
+class Name:
+    """Which of the candidates; only this is kept of one that was measured."""
+
+    name: str  # "trained", "random" or "pixels"
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.seed}" if self.name == "random" else self.name
+
+
+@dataclass(frozen=True)
+class Candidate(Name):
     """Something that turns images into features; ``views`` names columns of these.
 
     ``module`` is the transformer itself, for tasks that need more than pooled features, and ``build`` makes it anew in
     float32, to be trained; None for raw pixels.
     """
 
-    name: str  # "trained", "random" or "pixels"
-    seed: int
-    width: int  # F
     views: dict[str, slice]
     forward: Callable[[Tensor], Tensor]  # uint8 [B, H, W, 3] on the device -> [B, F]
     module: VisionTransformer | None = None
     build: Callable[[], VisionTransformer] | None = None
 
-    def __str__(self) -> str:
-        return f"{self.name} {self.seed}" if self.name == "random" else self.name
+
+def computing_dtype(config: Config, process: Process) -> torch.dtype:
+    """What the encoders compute in: the run's dtype, but fp32 where bf16 is emulated and takes many times as long."""
+    fast = working_dtype(config) != torch.bfloat16 or from_main(has_fast_bf16(process.device), process)
+    return working_dtype(config) if fast else torch.float32
 
 
-def encoders_to_measure(target: Target, process: Process, *, random_seeds: int) -> Iterator[Encoder]:
+def candidates(subject: Subject, process: Process, dtype: torch.dtype, *, random_seeds: int) -> Iterator[Candidate]:
     """One after the other, so that one is in memory at a time: trained, random ones, pixels."""
-    config = target.config
+    config = subject.config
     for name, seed in [("trained", 0), *(("random", seed) for seed in range(random_seeds))]:
-        build = functools.partial(_build, target, seed, trained=name == "trained")
-        module = build().to(process.device, working_dtype(config)).eval().requires_grad_(False)
-        width, blocks = module.embed_dim, min(BLOCKS, len(module.blocks))
-        views = {"last": slice(-width, None), "last4": slice(None)}
-        yield Encoder(name, seed, blocks * width, views, pooled_features(module, config), module, build)
-    yield Encoder("pixels", 0, 3 * PIXELS**2, {"pixels": slice(None)}, small_pixels)
+        build = functools.partial(_build, subject, seed, trained=name == "trained", device=process.device)
+        module = build().to(process.device, dtype).eval().requires_grad_(False)
+        views = {"last": slice(-module.embed_dim, None), "last4": slice(None)}
+        yield Candidate(name, seed, views, pooled_features(module, config), module, build)
+    yield Candidate("pixels", 0, {"pixels": slice(None)}, small_pixels)
 
 
-def _build(target: Target, seed: int, *, trained: bool) -> VisionTransformer:
-    config = target.config
+def _build(subject: Subject, seed: int, *, trained: bool, device: torch.device) -> VisionTransformer:
+    config = subject.config
     module = build_encoder(config, torch.Generator().manual_seed(config.ijepa.run.seed + seed))
+    set_attention(module, fused=device.type == "cuda")
     if trained:
-        module.load_state_dict(target.weights)
+        module.load_state_dict(subject.weights)
     return module
 
 
 def pooled_features(module: VisionTransformer, config: Config) -> Callable[[Tensor], Tensor]:
-    """uint8 images [B, H, W, 3] -> the last four blocks' normed features, averaged over patches: [B, 4 D], fp32.
+    """Uint8 images [B, H, W, 3] -> the last four blocks' normed features, averaged over patches: [B, 4 D], fp32.
 
     The last block's come last. An encoder of fewer blocks gives all it has.
     """
@@ -81,5 +93,5 @@ def pooled_features(module: VisionTransformer, config: Config) -> Callable[[Tens
 
 
 def small_pixels(images: Tensor) -> Tensor:
-    """uint8 images [B, H, W, 3] -> [B, 3 * 16 * 16], from 0 to 1."""
+    """Uint8 images [B, H, W, 3] -> [B, 3 * 16 * 16], from 0 to 1."""
     return F.interpolate(images.permute(0, 3, 1, 2).float() / 255, size=(PIXELS, PIXELS), mode="area").flatten(1)

@@ -8,25 +8,25 @@ evaluate ...``.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import os
+import time
 from pathlib import Path
 
 import torch
 
 from ijepa_ds.build import working_dtype
+from ijepa_ds.config import Config
 from ijepa_ds.data.ffcv_pipeline import DecodeError
 from ijepa_ds.distributed import Process, leave_to_main_process, share_cpu_threads
-from ijepa_ds.engine.zero import init_distributed
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.candidates import encoders_to_measure
+from ijepa_ds.evaluation.candidates import Name, candidates, computing_dtype
 from ijepa_ds.evaluation.data import LabelledData
 from ijepa_ds.evaluation.illustrations import illustrate, log_scalars
 from ijepa_ds.evaluation.probes.recipes import PRESETS
 from ijepa_ds.evaluation.results import Results, combine, format_table
-from ijepa_ds.evaluation.setting import FewLabels, Setting
-from ijepa_ds.evaluation.subject import Target, load_target
+from ijepa_ds.evaluation.setting import Setting
+from ijepa_ds.evaluation.subject import Subject, load_subject
 from ijepa_ds.evaluation.tasks import DEFAULT_TASKS, TASKS, check_tasks
 from ijepa_ds.files import checksum
 from ijepa_ds.hardware import bf16_warning
@@ -38,10 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         check_options(options)
-        target = load_target(
-            Path(options.checkpoint), options.config, image_size=options.image_size, heads=options.heads
-        )
-        evaluate(options, in_fp32(target) if options.fp32 else target)
+        path, size = Path(options.checkpoint), options.image_size
+        evaluate(options, load_subject(path, options.config, image_size=size, heads=options.heads))
     except DecodeError:  # of this process's images
         raise
     except UserError:
@@ -87,7 +85,6 @@ def _add_options_of_input(parser: argparse.ArgumentParser) -> None:
     add("--image-size", metavar="N", type=int, help="pixels, where not the encoder's own: positions are computed anew")
     add("--crop-share", metavar="X", type=float, help="the central crop's side over the image's shorter side")
     add("--micro-batch", metavar="N", type=int, default=256, help="images of one forward pass (default 256)")
-    add("--fp32", action="store_true", help="run the encoders in fp32, where the configuration has bf16")
 
 
 def _add_options_of_tasks(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +129,10 @@ def check_options(options: argparse.Namespace) -> None:
         number = getattr(options, name)
         if number is not None and number < 1:
             raise UserError(f"--{name.replace('_', '-')} = {number} must be at least 1; leave it out for the default")
+    for name, numbers in (("lr", options.lr), ("weight-decay", options.weight_decay)):
+        for number in numbers or []:
+            if not 0 <= number < math.inf:
+                raise UserError(f"--{name} = {number} must be a number of at least 0")
     if "transfer" in options.task and options.preset is None:
         raise UserError(f"--task transfer needs --preset: one of {', '.join(PRESETS)}, whose recipe is then used")
     _check_low_shot(options)
@@ -164,32 +165,29 @@ def _check_low_shot(options: argparse.Namespace) -> None:
         raise UserError(f"--split-list {options.split_list} is not a file: give one image file name per line")
 
 
-def data_paths(options: argparse.Namespace, target: Target) -> tuple[str, str]:
+def data_paths(options: argparse.Namespace, config: Config) -> tuple[str, str]:
     """The files to fit and to measure on: those given, or the configuration's.
 
     Raises:
         UserError: there is nothing to measure on.
     """
-    data = target.config.ijepa.data
+    data = config.ijepa.data
     train, validation = options.train or data.train, options.validation or data.validation
     if validation is None:
         raise UserError("there is nothing to measure on: give --validation FILE.beton, or set ijepa.data.validation")
     return train, validation
 
 
-def evaluate(options: argparse.Namespace, target: Target) -> Results | None:
+def evaluate(options: argparse.Namespace, subject: Subject) -> Results | None:
     """Measure, print the table, write results.json; the results, on the main process."""
-    paths = data_paths(options, target)
-    process = join()
-    said: set[str] = set()
+    config = subject.config
+    paths, process, said = data_paths(options, config), join(), set()
 
     def say(line: str) -> None:
-        if process.is_main and line not in said:  # what holds for one encoder holds for all
+        if process.is_main and line not in said:  # what holds for one candidate holds for all
             said.add(line)
             print(line, flush=True)
 
-    config = target.config
-    seed = config.ijepa.run.seed if options.seed is None else options.seed
     data = LabelledData(
         paths,
         limits=(options.train_images, options.validation_images),
@@ -197,80 +195,50 @@ def evaluate(options: argparse.Namespace, target: Target) -> Results | None:
         micro_batch=options.micro_batch,
         num_workers=config.ijepa.data.workers,
         process=process,
-        say=say,
     )
-    setting = Setting(
-        data=data,
-        process=process,
-        seed=seed,
-        labels=tuple(options.label),
-        cached=options.cached,
-        preset=options.preset,
-        epochs=options.epochs,
-        batch=options.batch,
-        lrs=options.lr,
-        weight_decays=options.weight_decay,
-        bins=options.bins,
-        crop_share=options.crop_share,
-        mean=config.ijepa.data.mean,
-        std=config.ijepa.data.std,
-        few=FewLabels(
-            split_list=options.split_list,
-            per_class=tuple(sorted(set(options.per_class or FewLabels.per_class))),
-            draws=options.draws or FewLabels.draws,
-            finetune=options.finetune,
-            finetune_lr=options.finetune_lr,
-        ),
-        say=say,
-    )
-    say(f"measuring {target.say()}; tasks: {', '.join(options.task)}; labels: {', '.join(data.fields)}")
-    if warning := bf16_warning(working_dtype(config) == torch.bfloat16, process.device, cure="--fp32"):
-        say(warning)
+    setting = Setting(options, config, data, process, say)
+    say(f"measuring {subject.describe()}; tasks: {', '.join(options.task)}; labels: {', '.join(data.fields)}")
     check_tasks(setting, options.task)
-    measured = []
-    for encoder in encoders_to_measure(target, process, random_seeds=options.random_seeds):
-        measurements = [one for task in options.task for one in TASKS[task](setting, encoder)]
-        measured.append((encoder, _without_repeats(measurements)))
-        say(f"{encoder}: measured in {sum(one.seconds for one in measurements):.0f} s")  # no number without baselines
-        encoder = None  # the next one needs its memory
+    measured, dtype = [], computing_dtype(config, process)
+    in_bf16 = working_dtype(config) == torch.bfloat16
+    if warning := bf16_warning(in_bf16 and process.is_main, process.device, cure="the evaluation"):
+        say(warning)
+    for candidate in candidates(subject, process, dtype, random_seeds=options.random_seeds):
+        began = time.monotonic()
+        measurements = [measurement for task in options.task for measurement in TASKS[task](setting, candidate)]
+        # One of each task and label: --task linear --cached gives the logistic regression too.
+        unique = {(measurement.task, measurement.label): measurement for measurement in measurements}
+        measured.append((Name(candidate.name, candidate.seed), list(unique.values())))
+        say(f"{candidate}: measured in {time.monotonic() - began:.0f} s")  # no number without its baselines
     if not process.is_main:
         return None
     results = Results(
-        source=target.source,
-        encoder=target.encoder,
-        checkpoint_sha256=checksum(target.path),
+        source=subject.source,
+        encoder=subject.role,
+        checkpoint_sha256=checksum(subject.path),
         versions=versions(),
         config=config.as_dict(),
         options={**vars(options), "processes": process.world_size},
         tasks=combine(measured),
     )
     print(format_table(results.tasks), flush=True)
-    folder = Path(options.out) if options.out else target.folder
+    folder = Path(options.out) if options.out else subject.folder
     try:
         results.write(folder / "results.json")
-        log_scalars(folder, target.step, results)
+        log_scalars(folder, subject.step, results)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror or error}); give another with --out") from None
     print(f"\nwritten: {folder / 'results.json'}", flush=True)
     if options.pictures:
-        illustrate(results, folder, setting, step=target.step)
+        illustrate(results, folder, setting, step=subject.step)
     return results
-
-
-def in_fp32(target: Target) -> Target:
-    """The same encoder, to be run in fp32 whatever its run computed in."""
-    config = dataclasses.replace(target.config, deepspeed={**target.config.deepspeed, "bf16": {"enabled": False}})
-    return dataclasses.replace(target, config=config)
 
 
 def join() -> Process:
     """The processes that a launcher has started, or this one alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from ijepa_ds.engine.zero import init_distributed  # it loads DeepSpeed, for some seconds
+
         return init_distributed()
     share_cpu_threads()
     return Process(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _without_repeats(measurements: list) -> list:
-    """One of each task and label: --task linear --cached gives the logistic regression too."""
-    return list({(one.task, one.label): one for one in measurements}.values())

@@ -18,8 +18,8 @@ from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import some
 from ijepa_ds.evaluation.features import BrokenFeaturesError, extract_features, spread_samples
-from ijepa_ds.evaluation.probes.knn import knn_accuracy
-from ijepa_ds.evaluation.probes.ridge import least_squares_accuracy
+from ijepa_ds.evaluation.probes.knn import nearest_neighbours, usable, vote
+from ijepa_ds.evaluation.probes.ridge import least_squares_predictions
 
 NEIGHBOURS, MICRO_BATCH = 20, 256
 
@@ -93,12 +93,12 @@ def probe(rows: list[Tensor], labels: list[Tensor], field: str, say: Callable[[s
             f"the online probe counts images of {field} {some(missing)} as errors: no training image in use has it; "
             "raise ijepa.monitor.knn_train_images"
         )
-    if not known.any() or len(classes) < 2:
-        return {f"knn/{field}": 0.0, f"linear/{field}": 0.0} if not known.any() else {}
-    split = rows[0], train_labels, rows[1][known], torch.searchsorted(classes, labels[1][known])
-    share = float(known.double().mean())
-    neighbours = knn_accuracy(*split, ks=(NEIGHBOURS,), say=say)
-    return {
-        f"knn/{field}": share * next(iter(neighbours.values())),
-        f"linear/{field}": share * least_squares_accuracy(*split),
+    if len(classes) < 2:
+        return {}
+    (k,) = usable([NEIGHBOURS], len(rows[0]), say)
+    cosine, index = nearest_neighbours(*rows, k=k)
+    predictions = {
+        f"knn/{field}": vote(cosine, train_labels[index], k=k, num_classes=len(classes)),
+        f"linear/{field}": least_squares_predictions(rows[0], train_labels, rows[1]),
     }
+    return {name: 100.0 * float((classes[given] == labels[1]).double().mean()) for name, given in predictions.items()}

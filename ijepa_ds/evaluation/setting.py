@@ -2,121 +2,143 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_ds.data.image_loader import ImageLoader
+from ijepa_ds.config import Config
 from ijepa_ds.distributed import Process
-from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.candidates import Encoder
+from ijepa_ds.errors import UserError, some
+from ijepa_ds.evaluation.candidates import Candidate
 from ijepa_ds.evaluation.data import LabelledData
-from ijepa_ds.evaluation.labels import CLEVR_EDGES, Classes, binned, classes_of
-from ijepa_ds.evaluation.probes.recipes import Recipe, adapted
+from ijepa_ds.evaluation.inputs import AugmentedInputs
+from ijepa_ds.evaluation.labels import CLEVR_EDGES, KEPT_CLASSES, Classes, binned, classes_of
+from ijepa_ds.evaluation.probes.recipes import Recipe
 from ijepa_ds.evaluation.results import Measurement
 from ijepa_ds.method.ijepa import normalize_images
-
-SECONDS_BETWEEN_LINES = 10.0
-
-
-@dataclass(frozen=True)
-class FewLabels:
-    """What --task lowshot takes: the files of a list, or so many images a class in each of several draws."""
-
-    split_list: str | None = None
-    per_class: tuple[int, ...] = (13,)
-    draws: int = 3
-    finetune: bool = False
-    finetune_lr: float | None = None  # instead of the recipe's
+from ijepa_ds.progress import Progress
 
 
 @dataclass
 class Setting:
-    """What all tasks of one call share. ``labels`` are the fields asked for; empty: each task takes its own."""
+    """What all tasks of one call share; ``options`` are those of the command line."""
 
+    options: argparse.Namespace
+    config: Config
     data: LabelledData
     process: Process
-    seed: int
-    labels: tuple[str, ...] = ()
-    cached: bool = False
-    preset: str | None = None
-    epochs: int | None = None
-    batch: int | None = None
-    lrs: list[float] | None = None
-    weight_decays: list[float] | None = None
-    bins: str = "auto"
-    crop_share: float | None = None
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of a pixel's full range, as the encoder was trained
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    few: FewLabels = FewLabels()
     say: Callable[[str], None] = print
-    told: float = field(default_factory=time.monotonic)  # when progress was last said
-    augmented: ImageLoader | None = None  # made when first needed: compiling it takes seconds
+    _progress: Progress | None = None
 
-    def adapt(self, recipe: Recipe, num_images: int | None = None) -> Recipe:
-        """``recipe`` with what was asked for instead, its batch no larger than the training images, or ``num_images``
-        where only so many are labelled."""
-        asked = adapted(recipe, epochs=self.epochs, batch=self.batch, lrs=self.lrs, weight_decays=self.weight_decays)
-        fitted = asked.fitted_to(len(self.data.samples["train"]) if num_images is None else num_images)
-        self.check_batch(fitted.batch)
-        if fitted.batch < asked.batch and num_images is None:
-            self.say(f"the batch of {asked.batch} becomes {fitted.batch}: there are no more training images")
-        return fitted
-
-    def check_batch(self, batch: int) -> None:
-        """Raises:
-        UserError: some process would have no image of a batch.
-        """
-        if batch < self.process.world_size:
-            raise UserError(f"a batch of {batch} cannot be shared by {self.process.world_size} processes")
-
-    def progress(self, name: str) -> Callable[[str], None]:
-        """Takes lines of progress of what is called ``name``, and says one every few seconds."""
-
-        def say_now_and_then(line: str) -> None:
-            if time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
-                self.told = time.monotonic()
-                self.say(f"  {name}: {line.strip()}")
-
-        return say_now_and_then
+    @property
+    def seed(self) -> int:
+        """Of order, crops and heads."""
+        return self.config.ijepa.run.seed if self.options.seed is None else self.options.seed
 
     def share(self) -> float:
         """The central crop's side over an image's shorter side."""
-        return self.data.crop_share() if self.crop_share is None else self.crop_share
+        return self.data.crop_share() if self.options.crop_share is None else self.options.crop_share
 
-    def extracted(self, encoder: Encoder, *, crop_share: float) -> tuple[Tensor, Tensor]:
-        """Features of the central crops of train and validation."""
-        train, validation = (
-            self.data.features(encoder, split, crop_share=crop_share) for split in ("train", "validation")
+    def progress(self, name: str, total: int, what: str = "images") -> Progress:
+        """Begin a part of the work; of many short ones a line comes every five seconds, too."""
+        self._progress = Progress(total, what=what, name=name, enabled=self.process.is_main, after=self._progress)
+        return self._progress
+
+    def features(self, candidate: Candidate, split: str, *, share: float | None = None, **which: Any) -> Tensor:
+        """Features of the central crops [n, F]; ``which`` as :meth:`LabelledData.features` has it."""
+        positions: np.ndarray | None = which.get("positions")
+        number = len(self.data.samples[split] if positions is None else positions)
+        progress = self.progress(f"features of {split}, {candidate}", number)
+        crop_share = self.share() if share is None else share
+        return self.data.features(candidate, split, crop_share=crop_share, progress=progress, **which)
+
+    def adapt(self, recipe: Recipe, num_images: int | None = None) -> Recipe:
+        """``recipe`` with the options' numbers instead, its batch no larger than the training images.
+
+        ``num_images`` where only so many of these are labelled.
+        """
+        options = self.options
+        adapted = recipe.adapted(
+            epochs=options.epochs, batch=options.batch, lrs=options.lr, weight_decays=options.weight_decay
         )
-        return train, validation
+        fitted = adapted.fitted_to(len(self.data.samples["train"]) if num_images is None else num_images)
+        self.check_batch(fitted.batch)
+        if fitted.batch < adapted.batch and num_images is None:
+            self.say(f"the batch of {adapted.batch} becomes {fitted.batch}: there are no more training images")
+        return fitted
+
+    def check_batch(self, batch: int) -> None:
+        """Refuse a batch of which some process would have no image (:class:`UserError`)."""
+        if batch < self.process.world_size:
+            raise UserError(f"a batch of {batch} cannot be shared by {self.process.world_size} processes")
+
+    def augmented(
+        self,
+        labels: Tensor,
+        prepare: Callable[[Tensor], Tensor],
+        *,
+        batch: int,
+        positions: np.ndarray | None = None,
+        seed: int | None = None,
+    ) -> AugmentedInputs:
+        """Augmented training images, or those at ``positions`` among them, which ``labels`` are of."""
+        self.check_batch(batch)
+        samples = self.data.samples["train"]
+        return AugmentedInputs(
+            self.data.loader("train", augment=True, seed=self.seed),
+            samples if positions is None else samples[positions],
+            labels,
+            prepare,
+            batch=batch,
+            seed=self.seed if seed is None else seed,
+            process=self.process,
+        )
+
+    def normalize(self) -> Callable[[Tensor], Tensor]:
+        """Make the function from uint8 images on the device [B, H, W, 3] to the encoder's input [B, 3, H, W], fp32."""
+        data = self.config.ijepa.data
+        mean, std = (torch.tensor(values, device=self.process.device) for values in (data.mean, data.std))
+        return functools.partial(normalize_images, mean=mean, std=std, dtype=torch.float32)
+
+    def measurement(
+        self, task: str, field: str, grid: list[dict[str, Any]], began: float, classes: Classes, **more: Any
+    ) -> Measurement:
+        """A measurement of this setting's images, begun at the time ``began``; ``more`` as :class:`Measurement`."""
+        names = classes.names if classes.num_classes <= KEPT_CLASSES else None
+        sizes = {f"{split}_images": len(samples) for split, samples in self.data.samples.items()}
+        shared = {"images_per_second": self.data.images_per_second(), **sizes, **more}
+        shared["extra"] = {"class_names": names, **more.get("extra", {})}
+        seconds = round(time.monotonic() - began, 2)
+        return Measurement(task=task, label=field, grid=grid, seconds=seconds, **shared)
 
 
-def class_fields(setting: Setting) -> tuple[str, ...]:
+def class_fields(setting: Setting) -> list[str]:
     """The labels of a classification: those asked for, or ``label``, or all that hold integers."""
     data = setting.data
-    if setting.labels:
-        return setting.labels
-    found = ("label",) if "label" in data.integer_fields else data.integer_fields
-    if not found:
+    if setting.options.label:
+        return setting.options.label
+    fields = ["label"] if "label" in data.integer_fields else list(data.integer_fields)
+    if not fields:
         raise UserError(
             f"{data.paths[0]} and {data.paths[1]} have no label of classes in common (they have: "
             f"{', '.join(data.fields)}); convert class folders with data_prep/to_ffcv.py, or name one with --label"
         )
-    return found
+    return fields
 
 
 def own_field(setting: Setting, name: str) -> str:
     """The label of a task that has one of its own, unless another is asked for."""
-    if len(setting.labels) > 1:
+    labels = setting.options.label
+    if len(labels) > 1:
         raise UserError(f"--task {name} measures one label: give --label once")
-    field = setting.labels[0] if setting.labels else name
-    setting.data.labels(field)  # refuses one that is not there
-    return field
+    return labels[0] if labels else name
 
 
 def any_classes(setting: Setting, field: str) -> Classes:
@@ -126,54 +148,14 @@ def any_classes(setting: Setting, field: str) -> Classes:
         return depth_bins(setting, field)
     names = setting.data.class_names if field == "label" else []
     classes = classes_of(field, train, validation, names)
-    empty = [name for name in names if name not in classes.names]
-    if empty:  # harmless: no image to measure has them
-        more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
-        setting.say(f"{len(empty)} classes have no image in use and are left out: {', '.join(empty[:8])}{more}")
+    if empty := [name for name in names if name not in classes.names]:  # harmless: no image to measure has them
+        setting.say(f"{len(empty)} classes have no image in use and are left out: {some(empty)}")
     return classes
 
 
 def depth_bins(setting: Setting, field: str) -> Classes:
     """CLEVR's bins for CLEVR's images, bins of equal population for others, whose unit is another."""
-    train, validation = setting.data.labels(field)
-    clevr = setting.bins == "clevr" or (setting.bins == "auto" and field == "depth" and setting.data.is_clevr())
+    bins = setting.options.bins
+    clevr = bins == "clevr" or (bins == "auto" and field == "depth" and setting.data.is_clevr())
     edges = torch.tensor(CLEVR_EDGES, dtype=torch.float64) if clevr else None
-    return binned(field, train, validation, edges=edges)
-
-
-def measurement(
-    setting: Setting, task: str, field: str, grid: list[dict], began: float, *, rate: float | None = None, **more
-) -> Measurement:
-    """A measurement of this setting's images, begun at the time ``began``; ``more`` as :class:`Measurement` has it."""
-    samples = setting.data.samples
-    return Measurement(
-        task=task,
-        label=field,
-        grid=grid,
-        train_images=len(samples["train"]),
-        validation_images=len(samples["validation"]),
-        seconds=round(time.monotonic() - began, 2),
-        images_per_second=setting.data.images_per_second() if rate is None else rate,
-        **more,
-    )
-
-
-def normalized(setting: Setting) -> Callable[[Tensor], Tensor]:
-    """uint8 images on the device [B, H, W, 3] -> [B, 3, H, W] in float32, as the encoder expects them."""
-    mean, std = (torch.tensor(values, device=setting.process.device) for values in (setting.mean, setting.std))
-    return functools.partial(normalize_images, mean=mean, std=std, dtype=torch.float32)
-
-
-def augmented_loader(setting: Setting) -> ImageLoader:
-    """The loader of augmented training images, made once."""
-    data = setting.data
-    if setting.augmented is None:
-        setting.augmented = ImageLoader(
-            data.datasets["train"],
-            image_size=data.image_size,
-            batch_size=data.micro_batch,
-            augment=True,
-            seed=setting.seed,
-            num_workers=data.num_workers,
-        )
-    return setting.augmented
+    return binned(field, *setting.data.labels(field), edges=edges)

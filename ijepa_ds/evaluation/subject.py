@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,18 +12,17 @@ from torch import Tensor
 from ijepa_ds.build import build_encoder, encoder_dimensions
 from ijepa_ds.config import Config, load_config, parse_config
 from ijepa_ds.engine.checkpoint_files import checkpoint_step
-from ijepa_ds.errors import UserError
+from ijepa_ds.errors import UserError, listing
 from ijepa_ds.exchange.export import target_encoder_weights
 from ijepa_ds.exchange.inferred_config import infer_config
 from ijepa_ds.exchange.read import read_encoder
+from ijepa_ds.exchange.sizes import shape_differences, shapes_of
 from ijepa_ds.method.positions import sine_cosine_positions
 from ijepa_ds.run.folder import find_checkpoint, read_run_config
 
-POSITIONS = "pos_embed"
-
 
 @dataclass(frozen=True)
-class Target:
+class Subject:
     """The encoder to measure: its configuration, its state dict under timm's names, and where it is from."""
 
     config: Config
@@ -33,21 +31,18 @@ class Target:
     path: Path  # the file or folder that was read
     folder: Path  # where results belong
     step: int = 0
-    encoder: str = "target"  # or "context" or "unknown", of a file of others
+    role: str = "target"  # or "context" or "unknown", of a file of others
 
-    def say(self) -> str:
+    def describe(self) -> str:
         """Which encoder of what."""
-        named = (
-            "an encoder that does not say which it is"
-            if self.encoder == "unknown"
-            else f"the {self.encoder.upper()} encoder"
-        )
-        return f"{named} of {self.source}"
+        unknown = self.role == "unknown"
+        encoder = "an encoder that does not say which it is" if unknown else f"the {self.role.upper()} encoder"
+        return f"{encoder} of {self.source}"
 
 
-def load_target(
+def load_subject(
     path: Path, config_path: str | None = None, *, image_size: int | None = None, heads: int | None = None
-) -> Target:
+) -> Subject:
     """Find the encoder behind ``--checkpoint``: a run folder (newest checkpoint), a checkpoint, or a file of others.
 
     Of what holds several encoders the target encoder is taken. A file needs no configuration where its tensors tell all
@@ -60,60 +55,48 @@ def load_target(
         heads: number of attention heads, where nothing tells it.
 
     Raises:
-        UserError: nothing there, damaged, or of another architecture (with all tensors that differ).
+        UserError: nothing there, damaged, or of another architecture.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run folder, such as runs/scenes_tiny")
     others = path.is_file() or (path / "model.safetensors").is_file()
-    target = _from_others(path, config_path, heads) if others else _from_run(path)
-    config = _resized(target.config, image_size) if image_size is not None else target.config
+    subject = _from_others(path, config_path, heads) if others else _from_run(path)
+    config = _resized(subject.config, image_size) if image_size is not None else subject.config
     # Positions are fixed, so they need not be read.
-    positions = sine_cosine_positions(target.weights["norm.weight"].shape[0], config.grid)[None]
-    weights = {**target.weights, POSITIONS: positions}
-    check_fits(weights, config, path)
-    return dataclasses.replace(target, config=config, weights=weights)
+    positions = sine_cosine_positions(subject.weights["norm.weight"].shape[0], config.grid)[None]
+    weights = {**subject.weights, "pos_embed": positions}
+    _check_fits(weights, config, path)
+    return dataclasses.replace(subject, config=config, weights=weights)
 
 
-def _from_others(path: Path, config_path: str | None, heads: int | None) -> Target:
+def _from_others(path: Path, config_path: str | None, heads: int | None) -> Subject:
     config = None if config_path is None else load_config(config_path)
     if config is not None and path.is_file():  # a transformers folder tells its own
         heads = encoder_dimensions(config).heads if heads is None else heads
-    found = read_encoder(path, heads=heads)
+    encoder = read_encoder(path, heads=heads)
     if config is None:
-        raw, _ = infer_config(found)
+        raw, _ = infer_config(encoder)
         raw["ijepa"]["run"] = {"name": path.name}
         config = parse_config(raw, source=f"the configuration inferred from {path}")
     folder = (path.parent if path.is_file() else path) / "evaluation"
-    return Target(config, found.weights, found.source, path, folder, encoder=found.role)
+    return Subject(config, encoder.weights, encoder.source, path, folder, role=encoder.role)
 
 
-def _from_run(path: Path) -> Target:
+def _from_run(path: Path) -> Subject:
     run, checkpoint = find_checkpoint(path)
     config, step = read_run_config(run), checkpoint_step(checkpoint)
     weights = target_encoder_weights(checkpoint, config.grid)
-    return Target(config, weights, f"{run} at step {step}", checkpoint, run / "evaluation", step)
+    return Subject(config, weights, f"{run} at step {step}", checkpoint, run / "evaluation", step)
 
 
-def check_fits(weights: dict[str, Tensor], config: Config, path: Path) -> None:
-    """Raises:
-    UserError: a tensor of the configuration's encoder is missing, of another shape, or not known; all are named.
-    """
+def _check_fits(weights: dict[str, Tensor], config: Config, path: Path) -> None:
+    """Refuse tensors that are missing, of another shape, or not known by the configuration's encoder."""
     with torch.device("meta"):
         expected = build_encoder(config).state_dict()
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name in sorted(expected.keys() | weights.keys(), key=_natural):
-        here, there = (tuple(d[name].shape) if name in d else None for d in (expected, weights))
-        if here != there:
-            difference = f"{there or 'missing'} there, {here or 'unknown'} by the configuration"
-            groups.setdefault((re.sub(r"^blocks\.\d+\.", "blocks.*.", name), difference), []).append(name)
-    if groups:
-        count = sum(map(len, groups.values()))
-        named = "; ".join(
-            f"{name if len(names) > 1 else names[0]}{f' of {len(names)} blocks' if len(names) > 1 else ''} {difference}"
-            for (name, difference), names in groups.items()
-        )
+    problems = shape_differences(shapes_of(weights), shapes_of(expected))
+    if problems:
         raise UserError(
-            f"{path} does not fit the configuration, give the one it was trained with: {count} tensors differ: {named}"
+            f"{path} does not fit the configuration, give the one it was trained with; what differs:{listing(problems)}"
         )
 
 
@@ -122,7 +105,3 @@ def _resized(config: Config, image_size: int) -> Config:
     if image_size < patch or image_size % patch:
         raise UserError(f"--image-size {image_size} must be a multiple of the encoder's patches of {patch} pixels")
     return config.changed("data", image_size=(image_size, image_size))
-
-
-def _natural(name: str) -> list:
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

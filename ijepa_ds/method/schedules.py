@@ -10,6 +10,14 @@ import math
 from dataclasses import dataclass
 
 
+def warmup_cosine(step: int, *, warmup_steps: int, horizon: int, start: float, peak: float, final: float) -> float:
+    """A linear way from ``start`` to ``peak``, then a cosine to ``final`` at ``horizon``, where it stays."""
+    if step < warmup_steps:
+        return start + step / warmup_steps * (peak - start)
+    progress = min(1.0, (step - warmup_steps) / max(1, horizon - warmup_steps))
+    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
     """What changes with the step."""
@@ -37,17 +45,15 @@ class Schedules:
 
     def at(self, step: int) -> Hyperparameters:
         """The values to use in ``step``, counted from 0."""
-        return Hyperparameters(self._lr(step + 1), self._weight_decay(step + 1), self._momentum(step))
-
-    def _lr(self, step: int) -> float:
-        return warmup_cosine(
-            step,
+        lr = warmup_cosine(
+            step + 1,
             warmup_steps=self.warmup_steps,
             horizon=self.horizon,
             start=self.lr_start,
             peak=self.lr_peak,
             final=self.lr_final,
         )
+        return Hyperparameters(lr, self._weight_decay(step + 1), self._momentum(step))
 
     def _weight_decay(self, step: int) -> float:
         start, final = self.weight_decay
@@ -57,16 +63,6 @@ class Schedules:
     def _momentum(self, step: int) -> float:
         start, final = self.momentum
         return start + min(1.0, step / self.horizon) * (final - start)
-
-
-def warmup_cosine(
-    step: int, *, warmup_steps: int, horizon: int, start: float = 0.0, peak: float = 1.0, final: float = 0.0
-) -> float:
-    """Linear from ``start`` to ``peak`` in the first steps, then a cosine to ``final`` at ``horizon``, and that."""
-    if step < warmup_steps:
-        return start + step / warmup_steps * (peak - start)
-    progress = min(1.0, (step - warmup_steps) / max(1, horizon - warmup_steps))
-    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def build_schedules(

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 from ijepa_ds.evaluation.compare import main as compare_main
 from ijepa_ds.evaluation.results import Results, read_results
-from ijepa_ds.evaluation.subject import load_target
+from ijepa_ds.evaluation.subject import load_subject
 from ijepa_ds.files import checksum
 
 
@@ -161,8 +161,8 @@ def test_files_of_others_say_which_encoder_they_hold() -> None:
     assert results.checkpoint_sha256 == hashlib.sha256((FOLDER / "released.pth.tar").read_bytes()).hexdigest()
     # timm's names, and nothing that says which of the two it is.
     torch.save(load_file(exported_weights()), FOLDER / "timm.pth")
-    target = load_target(FOLDER / "timm.pth", heads=2)
-    assert target.encoder == "unknown" and target.say().startswith("an encoder that does not say which it is of ")
+    subject = load_subject(FOLDER / "timm.pth", heads=2)
+    assert subject.role == "unknown" and subject.describe().startswith("an encoder that does not say which it is of ")
 
 
 def exported_weights() -> Path:
@@ -344,7 +344,7 @@ def refusals() -> dict[str, tuple[list[object], list[str]]]:
         "weights without config": (["--checkpoint", weights, *data], ["a width of 32", "--config"]),
         "weights of another size": (
             ["--checkpoint", weights, "--config", wider, *data],
-            ["does not fit", "29 tensors differ", "patch_embed.proj.weight (32, 3, 4, 4) there, (48, 3, 4, 4)", "of 2"],
+            ["does not fit", "patch_embed.proj.weight is [32, 3, 4, 4], not [48, 3, 4, 4]"],
         ),
         "no weights": (
             ["--checkpoint", FOLDER / "no_weights.safetensors", "--config", wider, *data],

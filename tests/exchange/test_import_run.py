@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from ijepa_ds.config import load_config
 from ijepa_ds.engine.checkpoint_files import checkpoint_step, list_checkpoints, read_weights
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.subject import load_target
+from ijepa_ds.evaluation.subject import load_subject
 from ijepa_ds.exchange.export import main as export
 from ijepa_ds.exchange.import_run import main
 from ijepa_ds.method.encoder import Dimensions
@@ -63,7 +63,7 @@ def test_the_checkpoint_holds_all_weights_and_no_moments(capsys) -> None:
     written, images = read_run_record(run)
     assert images is None and load_config(run / "recipe.json") == written == load_config(path)
     assert config["ijepa"]["run"]["name"] == written.ijepa.run.name
-    weights = load_target(run).weights
+    weights = load_subject(run).weights
     assert_same_tensors({n: t for n, t in weights.items() if n != "pos_embed"}, our_names("target_encoder"))
     with pytest.raises(UserError, match="holds checkpoints already and is not overwritten"):
         main([str(released_file()), "--out", str(run), "--config", str(path)])

@@ -4,57 +4,40 @@ V-JEPA (arXiv 2404.08471): the pooling is learned, as an encoder trained without
 class is in the mean of its patches. A grid of heads over learning rate and weight decay is trained in one pass: they
 share the encoder's forward, and the two products with the tokens.
 
-Shapes: B images, N patches, D encoder width, G heads of the grid, h attention heads, C classes, n validation images.
+Shapes: B images, N patches, D encoder width, G heads of the grid, h attention heads of each, C classes, n validation
+images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_ds.distributed import Process
-from ijepa_ds.evaluation.probes.supervised import Inputs, Training, Validation, fit, predict
+from ijepa_ds.evaluation.inputs import Inputs
+from ijepa_ds.evaluation.probes.supervised import Course, fit, predict
 from ijepa_ds.method.encoder import INIT_STD
+from ijepa_ds.progress import Progress
 
-
-@dataclass(frozen=True)
-class AttentiveGrid:
-    """Which heads are trained, over tokens of ``width`` features."""
-
-    width: int
-    lrs: Sequence[float] = (3e-4, 1e-3, 3e-3)
-    weight_decays: Sequence[float] = (0.01, 0.1, 0.4)
-    head_width: int = 64  # features of an attention head
-
-    @property
-    def attention_heads(self) -> int:
-        """Those of each probe; a single one where the width is no multiple of theirs."""
-        return self.width // self.head_width if self.width % self.head_width == 0 else 1
-
-
-@dataclass(frozen=True)
-class AttentiveProbe:
-    """Every head's accuracy; the best is reported, and which it was, as for the linear heads."""
-
-    grid: list[dict[str, float]]  # lr, weight_decay, value (percent of validation)
-    predictions: Tensor  # [n], int64, of the best head
-    labels: Tensor  # [n]
-    images_per_second: float  # of training, the encoder's forward included
+LRS = (3e-4, 1e-3, 3e-3)
+WEIGHT_DECAYS = (0.01, 0.1, 0.4)
+HEAD_WIDTH = 64  # of an attention head, where the width allows it
 
 
 class AttentiveHead(nn.Module):
-    """query + cross-attention, + MLP, norm, linear. The tokens come as the encoder's final norm left them.
+    """Query + cross-attention, + MLP, norm, linear. The tokens come as the encoder's final norm left them.
 
     The query is one for all images, so it is multiplied into the key weights once, instead of every token being
     multiplied by them; and the attention's mean is taken before the value weights. Both are exact, and make the
     products with the tokens D/h times smaller. A bias of the keys would cancel in the softmax: there is none.
     """
 
-    def __init__(self, width: int, num_classes: int, *, attention_heads: int, generator: torch.Generator | None = None):
+    def __init__(
+        self, width: int, num_classes: int, attention_heads: int, *, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
         self.attention_heads = attention_heads
         self.query = nn.Parameter(torch.empty(width))
@@ -71,13 +54,13 @@ class AttentiveHead(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def token_queries(self) -> Tensor:
-        """[h, D]: a token's product with row i is attention head i's score of it."""
+        """Rows [h, D]: a token's product with row i is attention head i's score of it."""
         query = self.to_query(self.query).view(self.attention_heads, 1, -1)  # [h, 1, D/h]
         keys = self.to_key.weight.view(self.attention_heads, -1, len(self.query))  # [h, D/h, D]
         return (query @ keys)[:, 0] * query.shape[-1] ** -0.5
 
     def classify(self, attended: Tensor) -> Tensor:
-        """attended [B, h, D], the tokens' mean under each attention head -> logits [B, C]."""
+        """Means of the tokens under each attention head, [B, h, D] -> logits [B, C]."""
         values = self.to_value.weight.view(self.attention_heads, -1, len(self.query))  # [h, D/h, D]
         mixed = (attended.transpose(0, 1) @ values.transpose(1, 2)).transpose(0, 1)  # [B, h, D/h]
         pooled = self.query + self.project(mixed.flatten(1) + self.to_value.bias)  # [B, D]
@@ -85,12 +68,12 @@ class AttentiveHead(nn.Module):
         return self.classifier(self.norm(pooled))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, N, D] -> logits [B, C]."""
+        """Tokens [B, N, D] -> logits [B, C]."""
         return attend([self], tokens)[0]
 
 
 def attend(heads: Iterable[AttentiveHead], tokens: Tensor) -> Tensor:
-    """tokens [B, N, D] -> logits [G, B, C] of all heads, with two products of the tokens for all of them together."""
+    """Tokens [B, N, D] -> logits [G, B, C] of all heads, with two products of the tokens for all of them together."""
     heads = list(heads)
     queries = torch.cat([head.token_queries() for head in heads])  # [G h, D]
     weights = F.linear(tokens, queries).float().softmax(dim=1)  # [B, N, G h]
@@ -100,55 +83,47 @@ def attend(heads: Iterable[AttentiveHead], tokens: Tensor) -> Tensor:
 
 
 def attentive_probe(
-    encode: Callable[[Tensor], Tensor],
     inputs: Inputs,
-    validation: Validation,
+    validation: Iterable[Tensor],
     *,
+    width: int,
     num_classes: int,
+    grid: Sequence[tuple[float, float]],
+    course: Course,
+    seed: int,
     process: Process,
-    grid: AttentiveGrid,
-    training: Training,
-    seed: int = 0,
-    name: str = "attentive probe",
-) -> AttentiveProbe:
-    """Train a head for each learning rate and weight decay with AdamW and a cosine, all on the same batches.
+    progress: Progress,
+) -> tuple[Tensor, float]:
+    """Train a head for each point of ``grid`` with AdamW and a cosine, all on the same batches.
 
     Args:
-        encode: inputs -> patch tokens [B, N, D] after the encoder's final norm; run without gradients.
-        inputs: and their labels, 0 to C - 1.
-        grid: the heads.
-        seed: of the initial weights, which all heads of the grid share.
+        inputs: patch tokens [B, N, D] after the encoder's final norm, and labels.
+        validation: tokens, this process's ``samples[rank::world_size]``.
+        width: D.
+        num_classes: C; labels are 0 to C - 1.
+        grid: learning rate and weight decay of each head.
+        course: V-JEPA takes 20 epochs for images.
+        seed: of the initial weights, which all heads share.
+        progress: is shown the training images.
+
+    Returns:
+        Predictions of each head [G, n], and images per second of training.
 
     Raises:
         UserError: every head diverged.
     """
-    points = [(lr, weight_decay) for lr in grid.lrs for weight_decay in grid.weight_decays]
-    heads = [
-        AttentiveHead(
-            grid.width,
-            num_classes,
-            attention_heads=grid.attention_heads,
-            generator=torch.Generator().manual_seed(seed),
-        ).to(process.device)
-        for _ in points
-    ]
+    attention_heads = width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else 1
+    heads = nn.ModuleList(
+        AttentiveHead(width, num_classes, attention_heads, generator=torch.Generator().manual_seed(seed)) for _ in grid
+    ).to(process.device)
 
-    def logits(rows: Tensor) -> Tensor:
-        with torch.no_grad():
-            tokens = encode(rows)
-        return attend(heads, tokens.detach())
+    def logits(tokens: Tensor) -> Tensor:
+        return attend(heads, tokens)
 
-    groups = [group for head, point in zip(heads, points, strict=True) for group in _groups(head, *point)]
+    groups = [group for head, point in zip(heads, grid, strict=True) for group in _groups(head, *point)]
     optimizer = torch.optim.AdamW(groups, fused=process.device.type == "cuda")
-    rate = fit(logits, optimizer, inputs, training, num_classifiers=len(points), process=process, name=name)
-    predictions, labels = predict(logits, validation(), num_classifiers=len(points), process=process)
-    values = (100.0 * (predictions == labels).double().mean(dim=1)).tolist()
-    best = max(range(len(points)), key=values.__getitem__)
-    scored = [
-        {"lr": lr, "weight_decay": weight_decay, "value": value}
-        for (lr, weight_decay), value in zip(points, values, strict=True)
-    ]
-    return AttentiveProbe(scored, predictions[best], labels, rate)
+    rate = fit(logits, optimizer, inputs, course, process=process, progress=progress)
+    return predict(logits, validation, num_classifiers=len(grid), process=process), rate
 
 
 def _groups(head: AttentiveHead, lr: float, weight_decay: float) -> list[dict]:

@@ -9,7 +9,6 @@ Shapes: n rows, D features, H heads of a stack, C classes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -29,15 +28,14 @@ STEPS = {"lars": lars_step, "sgd": sgd_step}
 class HeadStack:
     """The heads that share an input: the same columns, all with BatchNorm or all without."""
 
-    def __init__(self, heads: list[Head], width: int, num_classes: int, *, device: torch.device, seed: int):
+    def __init__(self, heads: list[Head], width: int, num_classes: int, *, device: torch.device, seed: int) -> None:
         self.heads, self.num_classes = heads, num_classes
         self.normed = heads[0].norm == "bn"
         count = len(heads)
         start = INIT_STD * torch.randn(num_classes, width, generator=torch.Generator().manual_seed(seed))
         self.weight = start.to(device).expand(count, -1, -1).clone()  # [H, C, D]: all heads start alike
         self.bias = torch.zeros(count, num_classes, device=device)
-        self.gamma = torch.ones(count, width, device=device) if self.normed else None
-        self.beta = torch.zeros(count, width, device=device) if self.normed else None
+        self.gamma, self.beta = torch.ones(count, width, device=device), torch.zeros(count, width, device=device)
         self.lr = torch.tensor([head.lr for head in heads], device=device)
         self.weight_decay = torch.tensor([head.weight_decay for head in heads], device=device)
         self.momenta = [torch.zeros_like(parameter) for parameter in self.parameters]
@@ -56,7 +54,7 @@ class HeadStack:
         return weight.flatten(0, 1), bias.flatten()
 
     def gradients(self, rows: Tensor, labels: Tensor, *, total: int) -> tuple[list[Tensor], Tensor]:
-        """Of the mean cross-entropy over ``total`` rows, of which these are some.
+        """Gradients of the mean cross-entropy over ``total`` rows, of which these are a part.
 
         Args:
             rows: [n, D], normalised where the heads have BatchNorm.
@@ -71,15 +69,15 @@ class HeadStack:
         weight_gradient, bias_gradient = torch.zeros_like(weight), torch.zeros_like(bias)
         loss = torch.zeros(count, device=rows.device)
         chunk = max(1, CHUNK_ELEMENTS // len(bias))
-        for some, some_labels in zip(rows.split(chunk), labels.split(chunk), strict=True):
-            logits = torch.addmm(bias, some, weight.T).view(len(some), count, self.num_classes)
-            picked = some_labels[:, None, None].expand(-1, count, 1)
+        for part, part_labels in zip(rows.split(chunk), labels.split(chunk), strict=True):
+            logits = torch.addmm(bias, part, weight.T).view(len(part), count, self.num_classes)
+            picked = part_labels[:, None, None].expand(-1, count, 1)
             log_sum = logits.logsumexp(dim=2, keepdim=True)
             loss += (log_sum - logits.gather(2, picked)).sum(dim=(0, 2))
             wrong = logits.sub_(log_sum).exp_()  # the probabilities, less 1 at the label, is the gradient
             wrong.scatter_add_(2, picked, wrong.new_full((), -1.0).expand(picked.shape))
-            flat = wrong.view(len(some), -1)
-            weight_gradient.addmm_(flat.T, some, alpha=1 / total)
+            flat = wrong.view(len(part), -1)
+            weight_gradient.addmm_(flat.T, part, alpha=1 / total)
             bias_gradient.add_(flat.sum(dim=0), alpha=1 / total)
         return [weight_gradient.view_as(self.weight), bias_gradient.view_as(self.bias)], loss / total
 
@@ -97,8 +95,8 @@ class HeadStack:
         """The class that each head gives each row: [n, H]."""
         weight, bias = self.folded()
         chunk = max(1, CHUNK_ELEMENTS // len(bias))
-        logits = (torch.addmm(bias, some, weight.T) for some in rows.split(chunk))
-        return torch.cat([some.view(-1, len(self.heads), self.num_classes).argmax(dim=2) for some in logits])
+        logits = (torch.addmm(bias, part, weight.T) for part in rows.split(chunk))
+        return torch.cat([part.view(-1, len(self.heads), self.num_classes).argmax(dim=2) for part in logits])
 
 
 class SharedBatchNorm:
@@ -107,7 +105,7 @@ class SharedBatchNorm:
     A batch's are those of all its rows on all processes, so that neither their number nor the micro-batch matters.
     """
 
-    def __init__(self, width: int, device: torch.device):
+    def __init__(self, width: int, device: torch.device) -> None:
         self.mean, self.variance = torch.zeros(width, device=device), torch.ones(width, device=device)
 
     def normalise_batch(self, rows: Tensor, *, total: int, process: Process) -> Tensor:
@@ -137,7 +135,7 @@ class HeadGrid:
         optimizer: str,
         process: Process,
         seed: int,
-    ):
+    ) -> None:
         self.heads, self.views, self.process = heads, views, process
         self.step_optimizer = STEPS[optimizer]
         kinds: dict[tuple[str, str], list[Head]] = {}
@@ -159,8 +157,7 @@ class HeadGrid:
         normed = self._batch_norm and self._batch_norm.normalise_batch(rows, total=total, process=self.process)
         losses = []
         for stack in self.stacks:
-            own = (normed if stack.normed else rows)[:, self.views[stack.heads[0].features]]
-            folded, loss = stack.gradients(own, labels, total=total)
+            folded, loss = stack.gradients(self._columns(stack, rows, normed), labels, total=total)
             gradients = stack.unfold(*(_summed(gradient, self.process) for gradient in folded))
             losses.append(_summed(loss, self.process))
             self.step_optimizer(
@@ -171,24 +168,22 @@ class HeadGrid:
     @torch.no_grad()
     def predict(self, batches: Iterable[Tensor]) -> Tensor:
         """The class that each head gives each of all rows, int64 [n, H] on the CPU, heads as in :attr:`order`."""
-        found = []
+        predictions = []
         for rows in batches:
             rows = rows.to(self.process.device)
             normed = self._batch_norm and self._batch_norm.normalise(rows)
-            own = [(normed if s.normed else rows)[:, self.views[s.heads[0].features]] for s in self.stacks]
-            parts = [stack.predict(some) for stack, some in zip(self.stacks, own, strict=True)]
-            found.append(torch.cat(parts, dim=1).cpu())
-        return torch.cat(found)
+            parts = [stack.predict(self._columns(stack, rows, normed)) for stack in self.stacks]
+            predictions.append(torch.cat(parts, dim=1).cpu())
+        return torch.cat(predictions)
+
+    def _columns(self, stack: HeadStack, rows: Tensor, normed: Tensor | None) -> Tensor:
+        """What a stack sees of the rows, as they are or normalised."""
+        return (normed if stack.normed else rows)[:, self.views[stack.heads[0].features]]
 
     @property
     def order(self) -> list[Head]:
         """The heads, stack by stack."""
         return [head for stack in self.stacks for head in stack.heads]
-
-
-def steps_per_epoch(num_images: int, batch: int) -> int:
-    """Whole batches of an epoch, at least one."""
-    return max(1, math.floor(num_images / batch))
 
 
 def _summed(values: Tensor, process: Process) -> Tensor:

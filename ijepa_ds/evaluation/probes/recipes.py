@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from ijepa_ds.errors import UserError
 
 NORMS = ("linear", "bn")  # a linear layer, or BatchNorm before it
 BASE_BATCH = 256  # what a learning rate "per batch" counts in
@@ -25,7 +24,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the heads of a task are trained; ``source`` says where that is from."""
+    """How the heads of a task are trained."""
 
     optimizer: str  # "lars" or "sgd" (Nesterov); momentum 0.9
     epochs: int
@@ -35,9 +34,7 @@ class Recipe:
     milestones: tuple[float, ...] | None  # epochs after which the rate is divided by 10; None: cosine to 0
     # Which rates a number of `lrs` stands for: itself, itself x batch / 256, or one head for each of the two.
     lr_scales: tuple[str, ...] = ("batch",)
-    flip: bool = True  # in training
     crop: bool = True  # in training, random resized; CLEVR's objects must stay in the image
-    source: str = "I-JEPA, appendix A.2"
 
     def heads(self, feature_names: tuple[str, ...]) -> list[Head]:
         """All heads of the grid."""
@@ -51,13 +48,27 @@ class Recipe:
             return 0.5 * (1 + math.cos(math.pi * step / (self.epochs * steps_per_epoch)))
         return 0.1 ** sum(step >= round(milestone * steps_per_epoch) for milestone in self.milestones)
 
-    def shortened(self, epochs: int) -> Recipe:
-        """The same with another number of epochs; the steps of the rate keep their share of it."""
-        milestones = self.milestones and tuple(epoch * epochs / self.epochs for epoch in self.milestones)
-        return dataclasses.replace(self, epochs=epochs, milestones=milestones)
+    def adapted(
+        self,
+        *,
+        epochs: int | None = None,
+        batch: int | None = None,
+        lrs: Sequence[float] | None = None,
+        weight_decays: Sequence[float] | None = None,
+    ) -> Recipe:
+        """The recipe with other numbers, where given; the steps of the rate keep their share of the epochs."""
+        epochs = epochs or self.epochs
+        return dataclasses.replace(
+            self,
+            epochs=epochs,
+            milestones=self.milestones and tuple(epoch * epochs / self.epochs for epoch in self.milestones),
+            batch=batch or self.batch,
+            lrs=tuple(lrs or self.lrs),
+            weight_decays=tuple(weight_decays or self.weight_decays),
+        )
 
     def fitted_to(self, num_images: int) -> Recipe:
-        """The same with a batch of at most ``num_images``."""
+        """The recipe with a batch of at most ``num_images``."""
         return dataclasses.replace(self, batch=min(self.batch, num_images))
 
 
@@ -70,26 +81,3 @@ PRESETS = {
     "places205": Recipe("sgd", 14, 256, (0.01,), (5e-4,), (4, 8, 12)),
     "inat18": Recipe("sgd", 84, 256, (0.01,), (5e-4,), (24, 48, 72)),
 }
-
-
-def adapted(
-    recipe: Recipe,
-    *,
-    epochs: int | None = None,
-    batch: int | None = None,
-    lrs: list[float] | None = None,
-    weight_decays: list[float] | None = None,
-) -> Recipe:
-    """``recipe`` with what the user asked for instead.
-
-    Raises:
-        UserError: a number out of range.
-    """
-    for name, values, low in (("epochs", [epochs], 1), ("batch", [batch], 1), ("lr", lrs, 0), ("wd", weight_decays, 0)):
-        for value in values or []:
-            if value is not None and not (math.isfinite(value) and value >= low):
-                raise UserError(f"--{name} = {value} must be a number of at least {low}")
-    if epochs is not None:
-        recipe = recipe.shortened(epochs)
-    changes = {"batch": batch, "lrs": lrs and tuple(lrs), "weight_decays": weight_decays and tuple(weight_decays)}
-    return dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})

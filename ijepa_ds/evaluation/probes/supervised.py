@@ -1,4 +1,4 @@
-"""Supervised training of one or several classifiers over inputs that the caller makes, and their predictions.
+"""Supervised training of one or several classifiers on whatever inputs they take, and their predictions.
 
 The gradients of several processes are summed and divided by the images of all, so any number of processes and any
 micro-batch take the same steps, up to summation order.
@@ -8,9 +8,9 @@ Shapes: B images that this process contributes to a step, G classifiers, C class
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,125 +19,98 @@ from torch import Tensor
 
 from ijepa_ds.distributed import Process, average_gradients, gather_rows
 from ijepa_ds.errors import UserError
+from ijepa_ds.evaluation.inputs import Inputs
 from ijepa_ds.method.schedules import warmup_cosine
 from ijepa_ds.progress import Progress
 
 Logits = Callable[[Tensor], Tensor]  # inputs [b, ...] -> logits [G, b, C]
-Validation = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # inputs, labels: this process's stride of all, in order
-
-
-class Inputs(Protocol):
-    """What is trained on."""
-
-    batch: int  # images of a step over all processes
-    steps: int  # of an epoch, the same on every process
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's inputs [B, ...] and labels [B] of each step."""
 
 
 @dataclass(frozen=True)
-class Training:
-    """How long and in what portions. ``micro_batch``: images that are computed at once; their gradients add up."""
+class Course:
+    """How long classifiers are trained, and on how many images at once."""
 
     epochs: int
-    micro_batch: int
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
+    micro_batch: int = 64
 
 
 def fit(
     logits: Logits,
     optimizer: torch.optim.Optimizer,
     inputs: Inputs,
-    training: Training,
+    course: Course,
     *,
-    num_classifiers: int,
     process: Process,
-    name: str,
-    after_epoch: Callable[[int], None] = lambda epoch: None,
+    progress: Progress,
 ) -> float:
     """Train with a linear warm-up and a cosine to zero; each parameter group brings its own ``peak_lr``.
 
-    Args:
-        logits: computed under bf16 autocast on a GPU, in float32 on a CPU.
-        num_classifiers: G.
-        name: of the work, for its lines of progress.
-        after_epoch: called with the number of epochs done.
+    ``logits`` is called under bf16 autocast on a GPU, in float32 on a CPU. Gradients of micro-batches add up.
 
     Returns:
-        Images per second of all processes, training only.
+        Images per second of all processes.
 
     Raises:
-        UserError: no epochs, or the loss of every classifier is NaN or infinite.
+        UserError: every classifier's loss is NaN or infinite.
     """
-    if training.epochs < 1:
-        raise UserError(f"{name} with {training.epochs} epochs trains nothing: give at least 1")
-    total_steps = training.epochs * inputs.steps
-    warmup_steps = int(training.warmup_epochs * inputs.steps)
+    began, step, total = time.monotonic(), 0, course.epochs * inputs.steps
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    progress = Progress(total_steps * inputs.batch, name=name, enabled=process.is_main)
-    step, note = 0, ""
-    for epoch in range(training.epochs):
-        loss, num_images = torch.zeros(num_classifiers, device=process.device), 0
-        for rows, labels in inputs.epoch(epoch):
+    warmup, note = int(course.warmup_epochs * inputs.steps), ""
+    for epoch in range(course.epochs):
+        loss = torch.zeros(1, device=process.device)
+        for images, labels in inputs.epoch(epoch):
             # One step longer than the run, so that the last step still moves.
-            factor = warmup_cosine(step + 1, warmup_steps=warmup_steps, horizon=total_steps + 1)
+            factor = warmup_cosine(step + 1, warmup_steps=warmup, horizon=total + 1, start=0.0, peak=1.0, final=0.0)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
-            size = training.micro_batch
-            for part, part_labels in zip(rows.split(size), labels.split(size), strict=True):
-                loss += _backward(logits, part, part_labels, training.label_smoothing, process.device)
-            num_images += average_gradients(parameters, len(rows), process)
+            for part, targets in zip(images.split(course.micro_batch), labels.split(course.micro_batch), strict=True):
+                loss = loss + _backward(logits, part, targets, course.label_smoothing, process.device)
+            average_gradients(parameters, len(images), process)
             optimizer.step()
             step += 1
             progress.show(step * inputs.batch, note)
-        mean_loss = _sum_over_ranks(loss, process) / num_images  # [G]: the epoch's only wait for the device
-        finite = mean_loss[torch.isfinite(mean_loss)]
-        if not len(finite):
-            raise UserError(f"{name} diverged in epoch {epoch + 1}: its loss is no number; take a lower learning rate")
-        note = f"epoch {epoch + 1} of {training.epochs}, loss {float(finite.min()):.3f}"
-        with progress.paused():
-            after_epoch(epoch + 1)
+        mean_loss = _sum_over_ranks(loss, process) / (inputs.steps * inputs.batch)  # [G]
+        if not bool(mean_loss.isfinite().any()):
+            raise UserError(
+                f"{progress.name} diverged in epoch {epoch + 1}: its loss is no number; take a lower learning rate"
+            )
+        note = f"loss {float(torch.where(mean_loss.isfinite(), mean_loss, torch.inf).min()):.3f}"
     progress.end(step * inputs.batch, note)
-    return progress.rate(step * inputs.batch)
+    return step * inputs.batch / (time.monotonic() - began)
 
 
 @torch.no_grad()
-def predict(
-    logits: Logits, validation: Iterable[tuple[Tensor, Tensor]], *, num_classifiers: int, process: Process
-) -> tuple[Tensor, Tensor]:
-    """Classes that each classifier predicts [G, n] (-1 where its logits are no numbers) and the labels [n], on the CPU.
+def predict(logits: Logits, batches: Iterable[Tensor], *, num_classifiers: int, process: Process) -> Tensor:
+    """Classes that each classifier predicts, [G, n] on the CPU; -1 where its logits are no numbers.
 
     The processes share the images as a stride deals them out (``samples[rank::world_size]``); all get all.
     """
     # Something to gather also where there are fewer images than processes.
     predictions = [torch.empty(0, num_classifiers, dtype=torch.int64)]
-    truth = [torch.empty(0, dtype=torch.int64)]
-    for inputs, labels in validation:
+    for images in batches:
         with autocast(process.device):
-            scores = logits(inputs.to(process.device, non_blocking=True)).float()  # [G, B, C]
-        classes = scores.argmax(dim=2).where(torch.isfinite(scores).all(dim=2), -1)
-        predictions.append(classes.T.cpu())
-        truth.append(labels.long().cpu())
-    return gather_rows(torch.cat(predictions), process).T, gather_rows(torch.cat(truth), process)
+            scores = logits(images.to(process.device, non_blocking=True)).float()  # [G, B, C]
+        predictions.append(scores.argmax(dim=2).where(scores.isfinite().all(dim=2), -1).T.cpu())
+    return gather_rows(torch.cat(predictions), process).T
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bf16 on a GPU; a CPU computes in float32, where bf16 would be slower on most."""
+    """Compute in bf16 on a GPU; a CPU computes in float32, where bf16 would be slower on most."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def _backward(logits: Logits, inputs: Tensor, labels: Tensor, smoothing: float, device: torch.device) -> Tensor:
-    """Adds the gradients of the summed loss; returns the loss summed over images [G]."""
+def _backward(logits: Logits, images: Tensor, labels: Tensor, smoothing: float, device: torch.device) -> Tensor:
+    """Add the gradients of the summed loss; returns the loss summed over images [G]."""
     with autocast(device):
-        scores = logits(inputs.to(device, non_blocking=True))
-    targets = labels.to(device, torch.int64).expand(len(scores), -1)  # [G, b]
+        scores = logits(images.to(device, non_blocking=True))
+    targets = labels.to(device).expand(len(scores), -1)  # [G, b]
     loss = F.cross_entropy(
         scores.float().flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=smoothing
     ).view(targets.shape)
-    loss.sum().backward()  # they share no parameter that is trained, so each gets the gradient of its own loss
+    loss.sum().backward()  # classifiers share no parameter that is trained: each gets the gradient of its own loss
     return loss.detach().sum(dim=1)
 
 

@@ -7,45 +7,50 @@ Shapes: B images, N patches, D encoder width, n images in use.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
 from ijepa_ds.distributed import on_any_rank
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.candidates import Encoder
+from ijepa_ds.evaluation.candidates import Candidate
 from ijepa_ds.evaluation.features import extract_features
-from ijepa_ds.evaluation.inputs import AugmentedInputs, CachedInputs, validation_batches
-from ijepa_ds.evaluation.labels import Classes, confusion_matrix
-from ijepa_ds.evaluation.probes.attentive import AttentiveGrid, attentive_probe
-from ijepa_ds.evaluation.probes.supervised import Inputs, Training, Validation
-from ijepa_ds.evaluation.results import Measurement
-from ijepa_ds.evaluation.setting import Setting, any_classes, augmented_loader, class_fields, measurement, normalized
-from ijepa_ds.evaluation.tasks.feature_probes import _logistic
+from ijepa_ds.evaluation.inputs import CachedInputs, Inputs, central_crops
+from ijepa_ds.evaluation.labels import Classes
+from ijepa_ds.evaluation.probes.attentive import attentive_probe
+from ijepa_ds.evaluation.probes.supervised import Course
+from ijepa_ds.evaluation.results import Measurement, best_of
+from ijepa_ds.evaluation.setting import Setting, any_classes, class_fields
+from ijepa_ds.evaluation.tasks.feature_probes import logistic
 from ijepa_ds.method.encoder import VisionTransformer
 
-BATCH, EPOCHS = 256, 20  # V-JEPA's epochs for images
+LRS, WEIGHT_DECAYS = (3e-4, 1e-3, 3e-3), (0.01, 0.1, 0.4)
+BATCH, EPOCHS = 256, 20
 MEMORY_SHARE = 0.5  # of what is free, that cached tokens may take
 
 
-def attentive(setting: Setting, encoder: Encoder) -> list[Measurement]:
+def attentive(setting: Setting, candidate: Candidate) -> list[Measurement]:
     """A measurement for each label of classes."""
-    measure = _pixels if encoder.module is None else _probe
-    measured = [measure(setting, encoder, field, any_classes(setting, field)) for field in class_fields(setting)]
-    return [measurement for measurement in measured if measurement is not None]
+    fields = class_fields(setting)
+    if candidate.module is None:
+        return [replace(measurement, task="attentive") for measurement in logistic(setting, candidate, fields)]
+    return [
+        measurement
+        for field in fields
+        for measurement in _probe(setting, candidate, candidate.module, field, any_classes(setting, field))
+    ]
 
 
 def check_cached(setting: Setting, module: VisionTransformer) -> None:
-    """Refuse to hold the tokens of all images where they would not fit into memory."""
+    """Refuse --cached where the tokens of all images would not fit into memory (:class:`UserError`)."""
     num_images = sum(len(samples) for samples in setting.data.samples.values())
-    patches = np.prod([size // module.patch_embed.patch_size[0] for size in setting.data.image_size])
-    needed = num_images * int(patches) * module.embed_dim * 4 * setting.process.world_size
-    free = psutil.virtual_memory().available
+    tokens = module.patch_embed.num_patches * module.embed_dim
+    needed, free = num_images * tokens * 4 * setting.process.world_size, psutil.virtual_memory().available
     if on_any_rank([needed > MEMORY_SHARE * free], setting.process)[0]:
         raise UserError(
             f"--cached with --task attentive would hold the tokens of {num_images} images, {needed / 2**30:.0f} GiB of "
@@ -53,105 +58,66 @@ def check_cached(setting: Setting, module: VisionTransformer) -> None:
         )
 
 
-def _probe(setting: Setting, encoder: Encoder, field: str, classes: Classes) -> Measurement | None:
-    began, process, module = time.monotonic(), setting.process, encoder.module
-    assert module is not None
-    batch = min(setting.batch or BATCH, len(classes.train))
+def _probe(
+    setting: Setting, candidate: Candidate, module: VisionTransformer, field: str, classes: Classes
+) -> list[Measurement]:
+    began, options, process, samples = time.monotonic(), setting.options, setting.process, setting.data.samples
+    batch = min(options.batch or BATCH, len(classes.train))
     setting.check_batch(batch)
-    tokens_of = _tokens(setting, module)
-    sources = _cached if setting.cached else _augmented
-    encode, inputs, validation = sources(setting, module, tokens_of, classes, batch)
-    grid = AttentiveGrid(module.embed_dim)
-    probe = attentive_probe(
-        encode,
+    tokens, share = _tokens(setting, module), setting.share()
+    if options.cached:
+        check_cached(setting, module)
+        train, validation = (
+            extract_features(
+                tokens,
+                setting.data.loader(split, crop_share=share),
+                samples[split],
+                process,
+                progress=setting.progress(f"tokens of {split}, {candidate}", len(samples[split])),
+            )
+            for split in ("train", "validation")
+        )
+        inputs: Inputs = CachedInputs(train, classes.train, batch=batch, seed=setting.seed, process=process)
+        held_out = iter(validation[process.rank :: process.world_size].split(options.micro_batch))
+    else:
+        inputs = setting.augmented(classes.train, tokens, batch=batch)
+        loader = setting.data.loader("validation", crop_share=share)
+        held_out = central_crops(loader, samples["validation"], tokens, process)
+    points = list(itertools.product(options.lr or LRS, options.weight_decay or WEIGHT_DECAYS))
+    course = Course(options.epochs or EPOCHS, micro_batch=options.micro_batch)
+    predictions, rate = attentive_probe(
         inputs,
-        validation,
+        held_out,
+        width=module.embed_dim,
         num_classes=classes.num_classes,
-        process=process,
-        grid=AttentiveGrid(module.embed_dim, setting.lrs or grid.lrs, setting.weight_decays or grid.weight_decays),
-        training=Training(setting.epochs or EPOCHS, setting.data.micro_batch),
+        grid=points,
+        course=course,
         seed=setting.seed,
-        name=f"{field}, {encoder}",
+        process=process,
+        progress=setting.progress(f"attentive probe {field}, {candidate}", course.epochs * inputs.steps * batch),
     )
     if not process.is_main:
-        return None
-    return measurement(
-        setting,
-        "attentive",
-        field,
-        [{"features": "tokens", **point} for point in probe.grid],
-        began,
-        rate=probe.images_per_second,
-        extra={
-            "epochs": setting.epochs or EPOCHS,
-            "batch": batch,
-            "augmentation": "none" if setting.cached else "random resized crop, flip",
-            "class_names": classes.names if classes.num_classes <= 100 else None,
-        },
-        confusion=confusion_matrix(classes, probe.predictions),
-    )
+        return []
+    grid = [
+        {"features": "tokens", "lr": lr, "weight_decay": decay, "value": classes.accuracy(predictions[number])}
+        for number, (lr, decay) in enumerate(points)
+    ]
+    extra = {
+        "epochs": course.epochs,
+        "batch": batch,
+        "augmentation": "none" if options.cached else "random resized crop, flip",
+    }
+    confusion = classes.confusion(predictions[grid.index(best_of(grid))].clamp_min(0))
+    measurement = setting.measurement("attentive", field, grid, began, classes, extra=extra, confusion=confusion)
+    return [replace(measurement, images_per_second=rate)]
 
 
 def _tokens(setting: Setting, module: VisionTransformer) -> Callable[[Tensor], Tensor]:
-    """uint8 images [B, H, W, 3] on the device -> patch tokens [B, N, D] after the final norm."""
-    prepare, dtype = normalized(setting), module.patch_embed.proj.weight.dtype
-    unseen = True
+    """Make the function from uint8 images on the device [B, H, W, 3] to patch tokens [B, N, D] after the final norm."""
+    prepare, dtype = setting.normalize(), module.patch_embed.proj.weight.dtype
 
-    def tokens_of(images: Tensor) -> Tensor:
-        nonlocal unseen
-        tokens = module(prepare(images).to(dtype)).float()
-        if unseen and not bool(torch.isfinite(tokens).all()):  # once: it makes the device wait
-            raise UserError("the patch tokens hold NaN or infinity: the checkpoint has diverged or is damaged")
-        unseen = False
-        return tokens
+    @torch.no_grad()
+    def tokens(images: Tensor) -> Tensor:
+        return module(prepare(images).to(dtype)).float()
 
-    return tokens_of
-
-
-Sources = tuple[Callable[[Tensor], Tensor], Inputs, Validation]
-
-
-def _augmented(
-    setting: Setting, module: VisionTransformer, tokens_of: Callable[[Tensor], Tensor], classes: Classes, batch: int
-) -> Sources:
-    """What the probe reads: images, augmented anew in each epoch."""
-    data, images = setting.data, {"prepare": torch.clone}
-    samples = data.samples["train"]
-    inputs = AugmentedInputs(
-        augmented_loader(setting),
-        samples,
-        classes.train,
-        batch=batch,
-        seed=setting.seed,
-        process=setting.process,
-        **images,
-    )
-    return tokens_of, inputs, lambda: validation_batches(data, classes.validation, setting.share(), **images)
-
-
-def _cached(
-    setting: Setting, module: VisionTransformer, tokens_of: Callable[[Tensor], Tensor], classes: Classes, batch: int
-) -> Sources:
-    """What the probe reads: tokens of the central crops, made once, [n, N D] float32 on the CPU."""
-    check_cached(setting, module)
-    data, process = setting.data, setting.process
-    train, validation = (
-        extract_features(
-            lambda images: tokens_of(images).flatten(1),
-            data.loader(split, setting.share()),
-            data.samples[split],
-            process,
-        )
-        for split in ("train", "validation")
-    )
-    inputs = CachedInputs(train, classes.train, batch=batch, seed=setting.seed, process=process)
-    mine = slice(process.rank, None, process.world_size)
-    parts = [rows[mine].split(data.micro_batch) for rows in (validation, classes.validation)]
-    return lambda rows: rows.unflatten(1, (-1, module.embed_dim)), inputs, lambda: zip(*parts, strict=True)
-
-
-def _pixels(setting: Setting, encoder: Encoder, field: str, classes: Classes) -> Measurement | None:
-    features = setting.extracted(encoder, crop_share=setting.share())
-    if not setting.process.is_main:
-        return None
-    return replace(_logistic(setting, encoder, field, features), task="attentive", extra={}, confusion=None)
+    return tokens

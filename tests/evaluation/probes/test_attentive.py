@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +12,9 @@ from torch import nn
 
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.probes.attentive import AttentiveGrid, AttentiveHead, attend, attentive_probe
+from ijepa_ds.evaluation.candidates import Encoder, small_pixels
+from ijepa_ds.evaluation.probes.attentive import AttentiveHead, attend, attentive_probe
 from ijepa_ds.evaluation.probes.logistic import linear_probe
-from ijepa_ds.evaluation.probes.supervised import Training
 from ijepa_ds.evaluation.setting import Setting
 from ijepa_ds.evaluation.tasks.attentive import check_cached
 from ijepa_ds.method.encoder import Dimensions, VisionTransformer
@@ -32,7 +31,7 @@ def plain_head(head: AttentiveHead, tokens: torch.Tensor) -> torch.Tensor:
     width = len(head.query)
     query = head.query.expand(1, len(tokens), -1)  # torch's function wants [tokens, B, D]
     attended, _ = F.multi_head_attention_forward(
-        query, tokens.transpose(0, 1), tokens.transpose(0, 1), width, head.attention_heads,
+        query, tokens.transpose(0, 1), tokens.transpose(0, 1), width, head.num_heads,
         torch.cat([head.to_query.weight, head.to_key.weight, head.to_value.weight]),
         torch.cat([head.to_query.bias, torch.randn(width, generator=seeded(9)), head.to_value.bias]),
         None, None, False, 0.0, head.project.weight, head.project.bias, need_weights=False,
@@ -44,17 +43,17 @@ def plain_head(head: AttentiveHead, tokens: torch.Tensor) -> torch.Tensor:
     return head.classifier(F.layer_norm(pooled, weight=head.norm.weight, bias=head.norm.bias, **norm))
 
 
-def random_head(seed: int, *, attention_heads: int = 4) -> AttentiveHead:
+def random_head(seed: int, *, num_heads: int = 4) -> AttentiveHead:
     """A head none of whose parameters is 0 or 1."""
-    head = AttentiveHead(32, 5, attention_heads=attention_heads)
+    head = AttentiveHead(32, 5, num_heads=num_heads)
     for parameter in head.parameters():
         nn.init.normal_(parameter, std=0.3, generator=seeded(seed))
     return head
 
 
-@pytest.mark.parametrize("attention_heads", [1, 4])
-def test_a_head_equals_the_plain_block(attention_heads):
-    head = random_head(0, attention_heads=attention_heads)
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_a_head_equals_the_plain_block(num_heads):
+    head = random_head(0, num_heads=num_heads)
     tokens = torch.randn(6, 9, 32, generator=seeded(1))
     ours, plain = head(tokens), plain_head(head, tokens)
     assert ours.std() > 0.1
@@ -94,31 +93,23 @@ def noisy_means(num_images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]
     return torch.randn(num_images, 16, 32, generator=draw) + 0.4 * torch.eye(32)[labels][:, None], labels
 
 
-class Shuffled:
-    """Steps of ``batch`` images."""
+def batches_of(data: tuple[torch.Tensor, torch.Tensor], size: int):
+    def batches(epoch: int):
+        order = torch.randperm(len(data[0]), generator=seeded(epoch))
+        return [(data[0][part], data[1][part]) for part in order.split(size)]
 
-    def __init__(self, data: tuple[torch.Tensor, torch.Tensor], batch: int) -> None:
-        self.data, self.batch, self.steps = data, batch, len(data[0]) // batch
-
-    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        order = torch.randperm(len(self.data[0]), generator=seeded(epoch))
-        for part in order.split(self.batch):
-            yield self.data[0][part], self.data[1][part]
-
-
-def same(tokens: torch.Tensor) -> torch.Tensor:
-    return tokens
+    return batches
 
 
 def test_it_finds_what_the_mean_over_patches_hides():
     train, val = needles(1024, 0), needles(256, 1)
     probe = attentive_probe(
-        same, Shuffled(train, 64), lambda: [val], num_classes=4, process=ALONE,
-        grid=AttentiveGrid(32, (1e-5, 1e-2), (0.01,), head_width=8), training=Training(20, 256),
+        lambda tokens: tokens, width=32, batches=batches_of(train, 64), validation=lambda: [val], steps_per_epoch=16,
+        num_classes=4, process=ALONE, lrs=(1e-5, 1e-2), weight_decays=(0.01,), num_heads=4, epochs=20, say=[].append,
     )  # fmt: skip
     pooled = linear_probe(train[0].mean(1), train[1], val[0].mean(1), val[1], num_classes=4, seed=0)
     assert pooled.accuracy < 45  # 25 is chance
-    assert [point["lr"] for point in probe.grid] == [1e-5, 1e-2] and probe.images_per_second > 0
+    assert [point["lr"] for point in probe.grid] == [1e-5, 1e-2] and probe.best == 1
     assert probe.grid[1]["value"] > 85 and probe.grid[0]["value"] < 70
     assert 100 * float((probe.predictions == probe.labels).double().mean()) == pytest.approx(probe.grid[1]["value"])
     assert torch.equal(probe.labels, val[1])
@@ -129,8 +120,9 @@ def test_a_grid_of_heads_trains_each_as_if_it_were_alone():
 
     def values(lrs, weight_decays):
         probe = attentive_probe(
-            same, Shuffled(train, 32), lambda: [val], num_classes=4, process=ALONE,
-            grid=AttentiveGrid(32, lrs, weight_decays), training=Training(4, micro_batch=20), seed=2,
+            lambda tokens: tokens, width=32, batches=batches_of(train, 32), validation=lambda: [val],
+            steps_per_epoch=3, num_classes=4, process=ALONE, lrs=lrs, weight_decays=weight_decays, epochs=4, seed=2,
+            micro_batch=20, say=[].append,
         )  # fmt: skip
         return {(point["lr"], point["weight_decay"]): point["value"] for point in probe.grid}
 
@@ -151,34 +143,43 @@ def test_the_encoder_stays_as_it_is():
         return encoder(images)
 
     attentive_probe(
-        encode, Shuffled(data, 8), lambda: [data], num_classes=2, process=ALONE, grid=AttentiveGrid(32),
-        training=Training(2, micro_batch=4),
+        encode, width=32, batches=lambda epoch: [data], validation=lambda: [data], steps_per_epoch=1, num_classes=2,
+        process=ALONE, epochs=2, micro_batch=4, say=[].append,
     )  # fmt: skip
     assert all(parameter.grad is None for parameter in encoder.parameters())
     assert all(torch.equal(before[name], weight) for name, weight in encoder.state_dict().items())
     assert forwards == [4, 4, 4, 4, 8]  # once a micro-batch, for all nine heads
 
 
-def test_a_probe_that_diverges_is_one_sentence():
-    broken = torch.full((4, 3, 12), float("nan")), torch.arange(4)
+def test_mistakes_are_one_sentence():
+    data = torch.randn(4, 3, 12), torch.tensor([0, 1, 2, 3])
+    common = {
+        "width": 12, "batches": lambda epoch: [data], "validation": lambda: [data], "steps_per_epoch": 1,
+        "num_classes": 3, "process": ALONE, "say": [].append,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="from 0 to 3 are not the 3 classes"):
+        attentive_probe(lambda tokens: tokens, **common)
+    with pytest.raises(UserError, match="5 attention heads do not divide a width of 12"):
+        attentive_probe(lambda tokens: tokens, **common, num_heads=5)
+    with pytest.raises(UserError, match="has no heads"):
+        attentive_probe(lambda tokens: tokens, **common, lrs=())
+    with pytest.raises(UserError, match="0 steps an epoch trains nothing"):
+        attentive_probe(lambda tokens: tokens, **(common | {"steps_per_epoch": 0}))
+    broken = torch.full((4, 3, 12), float("nan")), data[1]
     with pytest.raises(UserError, match="attentive probe diverged in epoch 1"):
-        attentive_probe(
-            same, Shuffled(broken, 4), lambda: [broken], num_classes=4, process=ALONE, grid=AttentiveGrid(12),
-            training=Training(1, 4),
-        )  # fmt: skip
-
-
-def test_a_head_is_64_features_wide_where_that_goes():
-    assert [AttentiveGrid(width).attention_heads for width in (1280, 384, 100)] == [20, 6, 1]
+        attentive_probe(lambda tokens: tokens, **(common | {"num_classes": 4, "batches": lambda epoch: [broken]}))
+    with pytest.raises(UserError, match="no validation images"):
+        attentive_probe(lambda tokens: tokens, **(common | {"num_classes": 4, "validation": list}))
 
 
 def test_tokens_that_do_not_fit_into_memory_are_refused_at_once():
     module = VisionTransformer((16, 16), 4, Dimensions(8, 1, 1))
+    encoder = Encoder("trained", 0, 8, {}, small_pixels, module=module)
     few = {"train": np.arange(5), "validation": np.arange(3)}
-    check_cached(setting_of(few), module)
+    check_cached(setting_of(few), encoder)
     many = {"train": np.arange(3), "validation": np.broadcast_to(0, 2**40)}  # 0 bytes as a view
     with pytest.raises(UserError, match=r"would hold the tokens of 1099511627779 images.*: leave out --cached"):
-        check_cached(setting_of(many), module)
+        check_cached(setting_of(many), encoder)
 
 
 def setting_of(samples: dict[str, np.ndarray]) -> Setting:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,57 +35,32 @@ def images_of(num_images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 TRAIN, VAL = images_of(22, 0), images_of(31, 1)
-VAL_OF_ONE = VAL[0][:1], VAL[1][:1]
 
 
-class Shuffled:
+def share(epoch: int, rank: int = 0, world_size: int = 1, batch: int = 8):
     """This process's part of each step of an epoch: 8, 8 and 6 images."""
-
-    batch, steps = 8, 3
-
-    def __init__(self, process: Process, data: tuple[torch.Tensor, torch.Tensor] = TRAIN) -> None:
-        self.process, self.data = process, data
-
-    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        order = torch.randperm(len(self.data[0]), generator=torch.Generator().manual_seed(epoch))
-        for step in order.split(self.batch):
-            mine = step[self.process.rank :: self.process.world_size]
-            yield self.data[0][mine], self.data[1][mine]
+    order = torch.randperm(len(TRAIN[0]), generator=torch.Generator().manual_seed(epoch))
+    for step in order.split(batch):
+        mine = step[rank::world_size]
+        yield TRAIN[0][mine], TRAIN[1][mine]
 
 
-class Whole(Shuffled):
-    """All images in their order, in one step."""
-
-    batch, steps = len(TRAIN[0]), 1
-
-    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        yield self.data
-
-
-def tune(encoder, recipe=QUICK, *, process=ALONE, micro_batch=64, inputs=None, **changes):
+def tune(encoder, recipe=QUICK, *, process=ALONE, micro_batch=64, **changes):
     options = {
+        "batches": lambda epoch: share(epoch, process.rank, process.world_size),
         "validation": lambda: [tuple(part[process.rank :: process.world_size] for part in VAL)],
-        "num_classes": CLASSES,
-    } | changes
-    inputs = inputs or Shuffled(process)
-    return fine_tune(encoder, inputs, process=process, recipe=recipe, micro_batch=micro_batch, **options)
-
-
-def accuracy_of(result: tuple[torch.Tensor, torch.Tensor]) -> float:
-    predictions, labels = result
-    return 100 * float((predictions == labels).float().mean())
+        "steps_per_epoch": 3, "num_classes": CLASSES, "say": [].append,
+    }  # fmt: skip
+    return fine_tune(encoder, process=process, recipe=recipe, micro_batch=micro_batch, **(options | changes))
 
 
 def weights_of(encoder: nn.Module) -> torch.Tensor:
-    """Of the encoder, without the head."""
-    named = encoder.named_parameters()
-    return torch.cat([parameter.detach().flatten() for name, parameter in named if not name.startswith("head.")])
+    return torch.cat([parameter.detach().flatten() for parameter in encoder.parameters()])
 
 
 @pytest.mark.parametrize("positions_trained", [True, False])
 def test_the_groups_are_timms(positions_trained):
-    encoder = tiny_encoder()
-    encoder.head = nn.Linear(32, CLASSES)
+    encoder, head = tiny_encoder(), nn.Linear(32, CLASSES)
     encoder.pos_embed.requires_grad = positions_trained
     model = TimmVisionTransformer(
         img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, class_token=False, global_pool="avg",
@@ -98,12 +71,8 @@ def test_the_groups_are_timms(positions_trained):
     for group in param_groups_layer_decay(model, 0.4, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.75):
         for parameter in group["params"]:
             theirs[name_of[id(parameter)]] = (group["lr_scale"] * 3e-5, group["weight_decay"])
-    our_name = {id(parameter): name for name, parameter in encoder.named_parameters()}
-    ours = {
-        our_name[id(parameter)]: (group["peak_lr"], group["weight_decay"])
-        for group in layer_decay_groups(encoder, FineTuneRecipe())
-        for parameter in group["params"]
-    }
+    groups = layer_decay_groups(encoder, head, lr=3e-5, weight_decay=0.4, layer_decay=0.75)
+    ours = {name: (group["peak_lr"], group["weight_decay"]) for group in groups for name in group["names"]}
     assert ours.keys() == theirs.keys() and ("pos_embed" in ours) == positions_trained
     for name, values in ours.items():
         assert values == pytest.approx(theirs[name]), name
@@ -115,7 +84,7 @@ def test_the_first_step_is_torchs_adamw():
     encoder, plain, head = tiny_encoder(), tiny_encoder(), nn.Linear(32, CLASSES)
     initialize(head, torch.Generator().manual_seed(5))
     images, labels = TRAIN
-    tune(encoder, recipe, inputs=Whole(ALONE), seed=5, micro_batch=7)
+    tune(encoder, recipe, batches=lambda epoch: [(images, labels)], steps_per_epoch=1, seed=5, micro_batch=7)
     loss = F.cross_entropy(head(plain(images).mean(1)), labels, label_smoothing=0.1)
     loss.backward()
     # One step of AdamW from nothing: the sign of the gradient times lr, and the decay. Cosine at step 1 of 2: half.
@@ -129,11 +98,15 @@ def test_the_first_step_is_torchs_adamw():
 def test_it_learns_and_is_deterministic():
     encoder = tiny_encoder()
     recipe = FineTuneRecipe(epochs=20, lr=3e-3, warmup_epochs=2)
-    first = tune(encoder, recipe)
-    assert accuracy_of(first) > 85 and torch.equal(first[1], VAL[1])
+    lines = []
+    first = tune(encoder, recipe, validate_epochs=8, say=lines.append)
+    assert list(first.accuracy) == [8, 16, 20] and first.accuracy[20] > 85 and first.images_per_second > 0
+    assert torch.equal(first.labels, VAL[1])
+    assert 100 * float((first.predictions == first.labels).float().mean()) == pytest.approx(first.accuracy[20])
+    assert sum("images/s" in line and "left" in line for line in lines) == 20
     again = tiny_encoder()
-    second = tune(again, recipe)
-    assert torch.equal(second[0], first[0]) and torch.equal(weights_of(again), weights_of(encoder))
+    second = tune(again, recipe, validate_epochs=8)
+    assert second.accuracy == first.accuracy and torch.equal(weights_of(again), weights_of(encoder))
     assert not torch.equal(weights_of(encoder), weights_of(tiny_encoder()))
     other = tiny_encoder()
     tune(other, recipe, seed=1)
@@ -152,7 +125,7 @@ def test_a_frozen_bf16_encoder_is_trained_in_float32():
     encoder = tiny_encoder().to(torch.bfloat16).requires_grad_(False)
     before = {name: weight.float().clone() for name, weight in encoder.named_parameters()}
     tune(encoder)
-    same = [name for name, weight in encoder.named_parameters() if name in before and torch.equal(weight, before[name])]
+    same = [name for name, weight in encoder.named_parameters() if torch.equal(weight, before[name])]
     assert same == ["pos_embed"]
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
 
@@ -162,9 +135,12 @@ def tune_in_a_rank() -> dict:
 
     process, encoder = init_distributed(), tiny_encoder()
     result = tune(encoder, process=process)
-    # Fewer validation images than processes.
-    one = tune(tiny_encoder(), process=process, validation=lambda: [VAL_OF_ONE] if process.rank == 0 else [])
-    return {"weights": weights_of(encoder), "result": result, "one": one}
+    late = tiny_encoder()
+    shares = lambda epoch: share(epoch) if process.rank == 0 else iter(())  # noqa: E731
+    validation = lambda: [(VAL[0][:1], VAL[1][:1])] if process.rank == 0 else []  # noqa: E731
+    # One process has all images, the other none.
+    lopsided = tune(late, process=process, batches=shares, validation=validation, validate_epochs=99).images_per_second
+    return {"weights": weights_of(encoder), "result": result, "late": weights_of(late), "rate": lopsided}
 
 
 def test_two_processes_take_the_same_steps():
@@ -173,9 +149,9 @@ def test_two_processes_take_the_same_steps():
     for rank in ranks:
         torch.testing.assert_close(rank["weights"], weights_of(encoder), rtol=0, atol=1e-4)
         assert torch.equal(rank["weights"], ranks[0]["weights"])
-        assert torch.equal(rank["result"][1], alone[1])
-        assert accuracy_of(rank["result"]) == pytest.approx(accuracy_of(alone), abs=4)  # one image is 3.2
-        assert torch.equal(rank["one"][1], VAL_OF_ONE[1]) and len(rank["one"][0]) == 1
+        assert torch.equal(rank["result"].labels, alone.labels)
+        assert rank["result"].accuracy == pytest.approx(alone.accuracy, abs=4)  # one image is 3.2
+        torch.testing.assert_close(rank["late"], weights_of(encoder), rtol=0, atol=1e-4)
 
 
 def test_mistakes_are_named():
@@ -183,5 +159,11 @@ def test_mistakes_are_named():
         tune(tiny_encoder(), FineTuneRecipe(epochs=0))
     with pytest.raises(UserError, match=r"layer_decay is 1.5"):
         tune(tiny_encoder(), FineTuneRecipe(layer_decay=1.5))
+    with pytest.raises(UserError, match="from 0 to 2 are not the 2 classes"):
+        tune(tiny_encoder(), num_classes=2)
     with pytest.raises(UserError, match="fine-tuning diverged in epoch 1"):
-        tune(tiny_encoder(), inputs=Shuffled(ALONE, (TRAIN[0] * float("nan"), TRAIN[1])))
+        tune(tiny_encoder(), batches=lambda epoch: [(TRAIN[0] * float("nan"), TRAIN[1])] * 3)
+    with pytest.raises(ValueError, match="more batches than its 2 steps"):
+        tune(tiny_encoder(), steps_per_epoch=2)
+    with pytest.raises(ValueError, match="no images for step 3"):
+        tune(tiny_encoder(), steps_per_epoch=4)

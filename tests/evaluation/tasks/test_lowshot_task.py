@@ -13,7 +13,7 @@ from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.command import build_parser, check_options
 from ijepa_ds.evaluation.data import LabelledData
-from ijepa_ds.evaluation.inputs import AugmentedInputs, validation_batches
+from ijepa_ds.evaluation.inputs import AugmentedBatches, validation_batches
 from ijepa_ds.evaluation.setting import FewLabels, Setting, augmented_loader
 from ijepa_ds.evaluation.subsets import subsets
 
@@ -68,6 +68,10 @@ def test_a_class_with_too_few_images_is_named(beton):
         subsets(setting_of(beton, FewLabels(per_class=(1, 8))), "label")
 
 
+def as_rows(images: torch.Tensor) -> torch.Tensor:
+    return images.clone()
+
+
 def test_the_batches_of_two_processes_are_those_of_one(beton):
     positions = np.arange(1, NUM_IMAGES)
 
@@ -75,11 +79,9 @@ def test_the_batches_of_two_processes_are_those_of_one(beton):
         setting = setting_of(beton, of=process(rank, world_size))
         labels = torch.arange(NUM_IMAGES)[1:]
         loader = augmented_loader(setting)
-        inputs = AugmentedInputs(
-            loader, positions, labels, batch=6, seed=7, process=setting.process, prepare=torch.clone
-        )
-        found = list(inputs.epoch(epoch))
-        assert len(found) == inputs.steps == 3
+        batches = AugmentedBatches(setting.data, loader, positions, labels, batch=6, seed=7, prepare=as_rows)
+        found = list(batches(epoch))
+        assert len(found) == batches.steps == 3
         return found
 
     whole = epoch_of(0, 1, 0)
@@ -98,11 +100,11 @@ def test_the_batches_of_two_processes_are_those_of_one(beton):
 
 def test_validation_goes_round_the_processes_with_its_labels(beton):
     labels = torch.arange(NUM_IMAGES)
-    whole = list(validation_batches(setting_of(beton).data, labels, 1.0, prepare=torch.clone))
+    whole = list(validation_batches(setting_of(beton).data, labels, crop_share=1.0, prepare=as_rows))
     images = torch.cat([images for images, _ in whole])
     assert torch.equal(torch.cat([found for _, found in whole]), labels)
     data = setting_of(beton, of=process(1, 2)).data
-    half = list(validation_batches(data, labels, 1.0, prepare=torch.clone))
+    half = list(validation_batches(data, labels, crop_share=1.0, prepare=as_rows))
     assert torch.equal(torch.cat([found for _, found in half]), labels[1::2])
     assert torch.equal(torch.cat([images for images, _ in half]), images[1::2])
 
