@@ -6,9 +6,11 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
+AnySource = TypeVar("AnySource", bound="Source")
 JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".jp2"}
 NETPBM_SUFFIXES = {".ppm", ".pgm", ".pbm", ".pnm"}
 IMAGE_SUFFIXES = JPEG_SUFFIXES | NETPBM_SUFFIXES | {".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif"}
@@ -52,7 +54,7 @@ class Source:
         with open(os.path.join(self.root, self.names[index]), "rb") as file:
             return file.read()
 
-    def take(self, indices: np.ndarray) -> Source:
+    def take(self: AnySource, indices: np.ndarray) -> AnySource:
         """The samples ``indices`` only, in that order."""
         labels = {name: values[indices] for name, values in self.labels.items()}
         return replace(self, names=self.names.take(indices), labels=labels)

@@ -14,12 +14,13 @@ from ijepa_ds.method.encoder import VisionTransformer, select_tokens
 from ijepa_ds.method.predictor import Predictor
 
 TARGET_NORM_EPS = 1e-5
+ENCODER, PREDICTOR = "context_encoder", "predictor"  # the two parts, by the names of their modules
 
 
 class IJEPA(nn.Module):
     """What is trained, and what the DeepSpeed engine wraps: context encoder and predictor in one forward pass."""
 
-    def __init__(self, context_encoder: VisionTransformer, predictor: Predictor):
+    def __init__(self, context_encoder: VisionTransformer, predictor: Predictor) -> None:
         super().__init__()
         self.context_encoder = context_encoder
         self.predictor = predictor
@@ -59,9 +60,3 @@ def normalize_targets(features: Tensor) -> Tensor:
 def normalize_images(images: Tensor, *, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 images [B, H, W, 3] -> [B, 3, H, W] of ``dtype``; mean and std in units of a pixel's full range."""
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).to(dtype)
-
-
-PREDICTOR = "predictor"
-
-
-ENCODER = "context_encoder"
