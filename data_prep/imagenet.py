@@ -17,7 +17,7 @@ from typing import IO
 
 import numpy as np
 
-from data_prep.source import PackedNames, Source, is_image_name, suffix_of
+from data_prep.source import PackedNames, Source, why_ignored
 from ijepa_ds.errors import UserError
 from ijepa_ds.files import read_at
 
@@ -68,19 +68,15 @@ def _list_members(path: str, tar: tarfile.TarFile) -> Source:
     classes: list[str] = []
     ignored: Counter[str] = Counter()
     for member in tar:
-        base = os.path.basename(member.name)
-        if not member.isfile():
-            continue
-        if base.startswith("."):
-            ignored["hidden"] += 1
-        elif suffix_of(base) == ".tar":
-            wnid = base[: -len(".tar")]
+        reason = why_ignored(member.name)
+        if member.isfile() and reason == ".tar":
+            wnid = os.path.basename(member.name)[: -len(".tar")]
             classes.append(wnid)
             entries += [(wnid, *entry) for entry in _list_class(tar, member, ignored)]
-        elif is_image_name(base):
+        elif member.isfile() and reason is not None:
+            ignored[reason] += 1
+        elif member.isfile():
             entries.append(("", member.name, member.offset_data, member.size))
-        else:
-            ignored[suffix_of(base) or "no suffix"] += 1
     classes.sort()
     flat = [name for wnid, name, _, _ in entries if not wnid]
     if classes and flat:
@@ -107,10 +103,11 @@ def _list_class(outer: tarfile.TarFile, member: tarfile.TarInfo, ignored: Counte
     entries = []
     with tarfile.open(fileobj=_extract(outer, member), mode="r:") as inner:
         for image in inner:
-            if image.isfile() and is_image_name(image.name) and not os.path.basename(image.name).startswith("."):
-                entries.append((image.name, member.offset_data + image.offset_data, image.size))
+            reason = why_ignored(image.name)
+            if image.isfile() and reason is not None:
+                ignored[reason] += 1
             elif image.isfile():
-                ignored[suffix_of(image.name) or "no suffix"] += 1
+                entries.append((image.name, member.offset_data + image.offset_data, image.size))
     return entries
 
 
