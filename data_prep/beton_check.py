@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import ijepa_ds.data  # noqa: F401  # isort: skip  # before ffcv, which then imports in no time
 import numpy as np
@@ -96,10 +97,9 @@ class Samples:
         pool = ThreadPoolExecutor(num_workers)
         try:
             spans = [range(start, min(start + SPAN, len(self))) for start in range(0, len(self), SPAN)]
-            for future in as_completed([pool.submit(self._decode_span, descriptor, span) for span in spans]):
-                problems, num_samples = future.result()
+            for span, problems in zip(spans, pool.map(partial(self._decode_span, descriptor), spans), strict=True):
                 bad |= problems
-                count += num_samples
+                count += len(span)
                 progress.show(count)
             progress.end(count)
         finally:
@@ -107,9 +107,9 @@ class Samples:
             os.close(descriptor)
         return bad
 
-    def _decode_span(self, descriptor: int, span: range) -> tuple[dict[int, str], int]:
+    def _decode_span(self, descriptor: int, span: range) -> dict[int, str]:
         problems = {sample: self._problem(descriptor, sample) for sample in span}
-        return {sample: problem for sample, problem in problems.items() if problem}, len(span)
+        return {sample: problem for sample, problem in problems.items() if problem}
 
     def _problem(self, descriptor: int, sample: int) -> str:
         row = self.rows[sample]

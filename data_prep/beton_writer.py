@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.sharedctypes import Synchronized
+from typing import Any
 
 import ijepa_ds.data  # noqa: F401  # isort: skip  # before ffcv, which then imports in no time
 import cv2
@@ -149,6 +151,7 @@ class BetonWriter(DatasetWriter):
         page_size = max(4 * MIN_PAGE_SIZE, 1 << (3 * max_resolution**2).bit_length())  # any image fits into a page
         super().__init__(path, fields, page_size=page_size, num_workers=num_workers)
         self.unreadable: dict[int, str] = {}
+        self.metadata_sm: Any
         self.kept = np.zeros(0, dtype=bool)  # [num_samples]
         self.rows = np.zeros(0, dtype=self.metadata_type)  # [samples written], FFCV's metadata
 
@@ -199,7 +202,7 @@ class BetonWriter(DatasetWriter):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._drop_unreadable(table.rows)
 
-    def _watch(self, processes: list, done: ctypes.c_uint64, interrupts: list[int]) -> None:
+    def _watch(self, processes: list, done: Synchronized[int], interrupts: list[int]) -> None:
         """Wait for the workers to end, or for an interrupt, showing progress. Raises as soon as a worker fails."""
         progress = Progress(self.num_samples)
         codes: list[int | None] = [None]
@@ -258,7 +261,7 @@ def interrupts_put_off() -> Iterator[list[int]]:
     signals is not enough: it concerns one thread, and another may receive them.
     """
     caught: list[int] = []
-    before: dict[int, object] = {}
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # signals are its alone
         held = [number for number in INTERRUPTS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
         before = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in held}

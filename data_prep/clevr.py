@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 
 from data_prep.folders import entries_of
-from data_prep.source import PackedNames, Source, is_image_name, suffix_of
+from data_prep.source import PackedNames, Source, why_ignored
 from ijepa_ds.errors import UserError
 
 
@@ -41,9 +41,7 @@ def open_clevr(path: str, split: str | None) -> Source:
             f"{missing[0]}: unpack the data set again"
         )
     described = {name for name, _ in scenes}
-    ignored = Counter(
-        "not in the scenes" if is_image_name(n) else suffix_of(n) or "no suffix" for n in present - described
-    )
+    ignored = Counter(why_ignored(name) or "not in the scenes" for name in present - described)
     labels = {
         "count": np.array([len(depths) for _, depths in scenes], dtype=np.int64),
         "depth": np.array([min(depths) for _, depths in scenes], dtype=np.float64),

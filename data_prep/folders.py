@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_prep.source import PackedNames, Source, is_image_name, suffix_of
+from data_prep.source import PackedNames, Source, why_ignored
 from ijepa_ds.errors import UserError
 
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
@@ -67,21 +67,16 @@ def walk_images(
     this = os.stat(folder)
     above = (*above, (this.st_dev, this.st_ino))
     for entry in entries_of(folder):
-        if entry.name.startswith("."):
-            ignored["hidden"] += 1
-        elif entry.is_dir():
+        reason = why_ignored(entry.name)
+        if reason != "hidden" and entry.is_dir():
             inside = entry.stat()
-            if not nested:
-                continue
-            if (inside.st_dev, inside.st_ino) in above:
+            if nested and (inside.st_dev, inside.st_ino) in above:
                 ignored["link to a folder above"] += 1
-            else:
+            elif nested:
                 yield from walk_images(entry.path, ignored, prefix=os.path.join(prefix, entry.name), above=above)
-        elif is_image_name(entry.name):
-            # Opening a named pipe would wait for ever. A broken link stays: it is reported as unreadable.
-            if os.path.exists(entry.path) and not stat.S_ISREG(os.stat(entry.path).st_mode):
-                ignored["not a file"] += 1
-            else:
-                yield os.path.join(prefix, entry.name)
-        else:
-            ignored[suffix_of(entry.name) or "no suffix"] += 1
+        elif reason is not None:
+            ignored[reason] += 1
+        elif os.path.exists(entry.path) and not stat.S_ISREG(os.stat(entry.path).st_mode):
+            ignored["not a file"] += 1  # opening a named pipe would wait for ever
+        else:  # a broken link, too: it is reported as unreadable
+            yield os.path.join(prefix, entry.name)

@@ -12,10 +12,12 @@ import re
 import tarfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from data_prep.source import PackedNames, Source, is_image_name, suffix_of
+from data_prep.source import PackedNames, Source, why_ignored
 from ijepa_ds.errors import UserError
 from ijepa_ds.files import read_at
 
@@ -66,19 +68,15 @@ def _list_members(path: str, tar: tarfile.TarFile) -> Source:
     classes: list[str] = []
     ignored: Counter[str] = Counter()
     for member in tar:
-        base = os.path.basename(member.name)
-        if not member.isfile():
-            continue
-        if base.startswith("."):
-            ignored["hidden"] += 1
-        elif suffix_of(base) == ".tar":
-            wnid = base[: -len(".tar")]
+        reason = why_ignored(member.name)
+        if member.isfile() and reason == ".tar":
+            wnid = os.path.basename(member.name)[: -len(".tar")]
             classes.append(wnid)
             entries += [(wnid, *entry) for entry in _list_class(tar, member, ignored)]
-        elif is_image_name(base):
+        elif member.isfile() and reason is not None:
+            ignored[reason] += 1
+        elif member.isfile():
             entries.append(("", member.name, member.offset_data, member.size))
-        else:
-            ignored[suffix_of(base) or "no suffix"] += 1
     classes.sort()
     flat = [name for wnid, name, _, _ in entries if not wnid]
     if classes and flat:
@@ -102,16 +100,15 @@ def _list_members(path: str, tar: tarfile.TarFile) -> Source:
 
 def _list_class(outer: tarfile.TarFile, member: tarfile.TarInfo, ignored: Counter[str]) -> list[tuple[str, int, int]]:
     """(name, offset in the outer file, size) of each image of a class tar."""
-    inner_file = outer.extractfile(member)
-    assert inner_file is not None  # it is a regular file
-    found = []
-    with tarfile.open(fileobj=inner_file, mode="r:") as inner:
+    entries = []
+    with tarfile.open(fileobj=_extract(outer, member), mode="r:") as inner:
         for image in inner:
-            if image.isfile() and is_image_name(image.name) and not os.path.basename(image.name).startswith("."):
-                found.append((image.name, member.offset_data + image.offset_data, image.size))
+            reason = why_ignored(image.name)
+            if image.isfile() and reason is not None:
+                ignored[reason] += 1
             elif image.isfile():
-                ignored[suffix_of(image.name) or "no suffix"] += 1
-    return found
+                entries.append((image.name, member.offset_data + image.offset_data, image.size))
+    return entries
 
 
 def label_validation(source: Source, devkit: str) -> Source:
@@ -166,19 +163,21 @@ def read_devkit(devkit: str) -> tuple[list[int], dict[int, str]]:
 
 def _devkit_files(devkit: str) -> tuple[bytes, bytes]:
     """The bytes of the ground truth and of meta.mat, from the kit's archive, its folder or the folder around that."""
-    wanted = (GROUND_TRUTH, META)
+    contents: dict[str, bytes] = {}
     if os.path.isdir(devkit):
-        inside = os.path.join(devkit, "ILSVRC2012_devkit_t12")
-        root = inside if os.path.isdir(inside) else devkit
-        contents = []
-        for name in wanted:
-            with open(os.path.join(root, name), "rb") as file:
-                contents.append(file.read())
-        return contents[0], contents[1]
-    found: dict[str, bytes] = {}
-    with tarfile.open(devkit, "r:*") as tar:
-        for member in tar:
-            for name in wanted:
-                if member.isfile() and member.name.endswith("/" + name):
-                    found[name] = tar.extractfile(member).read()
-    return found[GROUND_TRUTH], found[META]
+        inside = Path(devkit, "ILSVRC2012_devkit_t12")
+        root = inside if inside.is_dir() else Path(devkit)
+        contents = {name: (root / name).read_bytes() for name in (GROUND_TRUTH, META)}
+    else:
+        with tarfile.open(devkit, "r:*") as tar:
+            for member in tar:
+                for name in (GROUND_TRUTH, META):
+                    if member.isfile() and member.name.endswith("/" + name):
+                        contents[name] = _extract(tar, member).read()
+    return contents[GROUND_TRUTH], contents[META]
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    file = tar.extractfile(member)
+    assert file is not None  # it is a regular file
+    return file

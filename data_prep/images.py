@@ -15,6 +15,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 # Only formats that are images and nothing else: Pillow would start another program for EPS, for instance.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -100,7 +101,9 @@ def _grey_8bit(image: Image.Image) -> np.ndarray:
             f"grey values of the type '{image.mode}' have no defined white: convert the file to 8 or 16 bits"
         )
     values = np.asarray(image).astype(np.uint32)
-    bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] if image.format == "TIFF" else 16  # 12 from some cameras
+    bits = (
+        image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] if isinstance(image, TiffImageFile) else 16
+    )  # 12 from some cameras
     white = (1 << bits) - 1
     grey = ((np.minimum(values, white) * 255 + white // 2) // white).astype(np.uint8)
     transparent = image.info.get("transparency")
@@ -128,25 +131,24 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
-def target_size(height: int, width: int, *, max_resolution: int, resize_short: int | None) -> tuple[int, int]:
-    """(height, width) to store: shorter side ``resize_short``, longer side at most ``max_resolution``, which wins.
+def target_size(height: int, width: int, *, bound: int, short_bound: int | None) -> tuple[int, int]:
+    """(height, width) to store: shorter side at most ``short_bound``, longer side at most ``bound``.
 
     Never larger than it was.
     """
     short, long = sorted((height, width))
     # A fraction, so that the bound side gets exactly its size: a factor in floating point loses a pixel of it at times.
     target, side = 1, 1
-    if resize_short is not None and short > resize_short:
-        target, side = resize_short, short
-    if long * target > max_resolution * side:
-        target, side = max_resolution, long
+    if short_bound is not None and short > short_bound:
+        target, side = short_bound, short
+    if long * target > bound * side:
+        target, side = bound, long
     return max(1, round(height * target / side)), max(1, round(width * target / side))
 
 
 def encode_image(pixels: np.ndarray, sample: int, encoding: Encoding) -> EncodedImage:
     """Store RGB uint8 [H, W, 3]. What ``proportion`` does depends on ``sample``, its position in the source, alone."""
-    bounds = {"max_resolution": encoding.max_resolution, "resize_short": encoding.resize_short}
-    height, width = target_size(*pixels.shape[:2], **bounds)
+    height, width = target_size(*pixels.shape[:2], bound=encoding.max_resolution, short_bound=encoding.resize_short)
     if (height, width) != pixels.shape[:2]:
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)  # as FFCV's RGBImageField
     if _as_jpeg(pixels, sample, encoding):
@@ -160,6 +162,7 @@ def encode_image(pixels: np.ndarray, sample: int, encoding: Encoding) -> Encoded
 
 def _as_jpeg(pixels: np.ndarray, sample: int, encoding: Encoding) -> bool:
     if encoding.write_mode == "smart":
+        assert encoding.smart_threshold is not None  # the command line demands it
         return pixels.nbytes > encoding.smart_threshold
     if encoding.write_mode == "proportion":
         return uniform(sample) < encoding.compress_probability

@@ -79,6 +79,6 @@ def publish(beton: str, temporary: Path, note: dict, names: bytes) -> None:
             path.write_bytes(content)
             sync(path)  # a full disk is noticed before the .beton has its name
         sync(temporary)
-        for path in (names_path(beton), sidecar_path(beton)):
-            Path(path).unlink(missing_ok=True)
+        for outdated in (names_path(beton), sidecar_path(beton)):
+            Path(outdated).unlink(missing_ok=True)
         os.replace(temporary, beton)

@@ -6,12 +6,15 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
-JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".jp2"}
-NETPBM_SUFFIXES = {".ppm", ".pgm", ".pbm", ".pnm"}
-IMAGE_SUFFIXES = JPEG_SUFFIXES | NETPBM_SUFFIXES | {".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif"}
+AnySource = TypeVar("AnySource", bound="Source")
+IMAGE_SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+}
 
 
 class PackedNames:
@@ -52,7 +55,7 @@ class Source:
         with open(os.path.join(self.root, self.names[index]), "rb") as file:
             return file.read()
 
-    def take(self, indices: np.ndarray) -> Source:
+    def take(self: AnySource, indices: np.ndarray) -> AnySource:
         """The samples ``indices`` only, in that order."""
         labels = {name: values[indices] for name, values in self.labels.items()}
         return replace(self, names=self.names.take(indices), labels=labels)
@@ -61,9 +64,9 @@ class Source:
         return replace(self, labels={}, class_names=[])
 
 
-def suffix_of(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
-def is_image_name(name: str) -> bool:
-    return suffix_of(name) in IMAGE_SUFFIXES
+def why_ignored(name: str) -> str | None:
+    """What a file is counted as that is not converted: hidden, or its suffix. None for an image."""
+    if os.path.basename(name).startswith("."):
+        return "hidden"
+    suffix = os.path.splitext(name)[1].lower()
+    return None if suffix in IMAGE_SUFFIXES else suffix or "no suffix"

@@ -7,10 +7,12 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ def set_single_process_defaults() -> None:
     """Let ``python run.py`` run as one process: without a launcher DeepSpeed would look for MPI."""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(listener.getsockname()[1])
 
 
 def barrier(process: Process) -> None:
@@ -63,7 +65,7 @@ def leave_to_main_process() -> None:
         sys.exit(2)
 
 
-def from_main(value: Any, process: Process) -> Any:
+def from_main(value: Value, process: Process) -> Value:
     """Rank 0's value, on every rank."""
     values = [value]
     if process.world_size > 1:
@@ -107,14 +109,16 @@ def average_gradients(parameters: list[torch.nn.Parameter], num_images: int, pro
     A process may have none, as where the last images do not go round. Returns the number of all their images.
     """
     total = torch.tensor(num_images)
+    gradients = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters]
+        gradients.append(parameter.grad)
     if process.world_size > 1:
         dist.all_reduce(total, group=process.control)
         for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-            work.wait()
+            if work is not None:  # as torch's types have it
+                work.wait()
     torch._foreach_div_(gradients, float(max(1, int(total))))
     return int(total)
 

@@ -131,7 +131,7 @@ class SampleMasks(Operation):
             np.uint64(sampler.seed),
             sampler.context_room,
             sampler.num_targets,
-            sampler.limit,
+            sampler.least_tokens,
         )
         sizes_of, draw_image = sampler.sizes_of, sampler.draw_image
         grid, target_scale, aspect_ratio, context_scale = sampler.geometry

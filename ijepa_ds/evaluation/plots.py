@@ -158,17 +158,15 @@ def neighbours_figure(neighbours: Neighbours) -> Figure:
     figure = _figure(1.35 * (shown + 1) + 0.3, 1.6 * len(neighbours.queries) + 0.6)
     figure.suptitle("Nearest training images of a few validation images", fontsize=12)
     cells = figure.subplots(len(neighbours.queries), shown + 1, squeeze=False)
-    for number, (row, label) in enumerate(zip(cells, neighbours.query_labels, strict=True)):
-        row[0].imshow(neighbours.queries[number], interpolation="nearest")
-        row[0].set_xlabel(label, fontsize=9)
-        for axis, image, other in zip(row[1:], neighbours.images[number], neighbours.labels[number], strict=False):
-            axis.imshow(image, interpolation="nearest")
+    for number, row in enumerate(cells):
+        label, images = neighbours.query_labels[number], [neighbours.queries[number], *neighbours.images[number]]
+        for axis, image, other in zip(row, images, [label, *neighbours.labels[number]], strict=False):
             same = other == label
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
             axis.set_xlabel(other if same else f"{other} ✗", fontsize=9, color="#00684D" if same else "#A34700")
     for axis, name in zip(cells[0], ["query", *(f"nearest {k + 1}" for k in range(shown))], strict=True):
         axis.set_title(name, fontsize=9)
-    for axis in cells.flat:
-        axis.set(xticks=[], yticks=[])
     return figure
 
 

@@ -20,7 +20,7 @@ CONTEXT_ENCODER, PREDICTOR = "context_encoder", "predictor"  # the two parts, in
 class IJEPA(nn.Module):
     """What is trained, and what the DeepSpeed engine wraps: context encoder and predictor in one forward pass."""
 
-    def __init__(self, context_encoder: VisionTransformer, predictor: Predictor):
+    def __init__(self, context_encoder: VisionTransformer, predictor: Predictor) -> None:
         super().__init__()
         self.context_encoder = context_encoder
         self.predictor = predictor

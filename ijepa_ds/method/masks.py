@@ -17,6 +17,8 @@ Shapes: N patches, K context tokens, M target blocks, T tokens of a target block
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,6 +44,7 @@ class BlockSizes:
 
     @property
     def target_tokens(self) -> int:
+        """The patches of a target block, T."""
         return self.target[0] * self.target[1]
 
 
@@ -105,13 +108,30 @@ def _write_block(top, left, block, columns, tokens):
 
 
 @njit
+def _select(key, counter, visible, count, tokens):
+    """Selection sampling (Knuth, Algorithm S): ``count`` of the visible patches, each set equally likely, ascending."""
+    left, kept = visible.sum(), 0
+    for patch in range(len(visible)):
+        if visible[patch]:
+            if uniform(key, counter) * left < count - kept:
+                tokens[kept] = patch
+                kept += 1
+            counter += 1
+            left -= 1
+    return kept
+
+
+@njit
 def draw_multiblock(seed, step, sample, grid, target, context, context_tokens, tokens, targets):
-    """Fill ``tokens`` int32 [K] (ascending) and ``targets`` int32 [M, T] of one image; returns K."""
+    """Fill ``tokens`` int32 [K] (ascending) and ``targets`` int32 [M, T] of one image; returns K.
+
+    Blocks are drawn anew until at least ``context_tokens`` patches of the context block lie outside all targets.
+    """
     key = stream(seed, MASK, step, sample)
     num_targets = targets.shape[0]
     tops = np.empty(num_targets, np.int64)
     lefts = np.empty(num_targets, np.int64)
-    free = np.empty((grid[0], grid[1]), np.bool_)
+    visible = np.empty((grid[0], grid[1]), np.bool_)  # in the context block, in no target block
     counter = 0
     distinct = num_targets
     attempt = 0
@@ -127,37 +147,26 @@ def draw_multiblock(seed, step, sample, grid, target, context, context_tokens, t
             top, left = 0, 0
             tops[:] = grid[0] - target[0]
             lefts[:] = grid[1] - target[1]
-        free[:, :] = False
-        free[top : top + context[0], left : left + context[1]] = True
+        visible[:, :] = False
+        visible[top : top + context[0], left : left + context[1]] = True
         for m in range(num_targets):
-            free[tops[m] : tops[m] + target[0], lefts[m] : lefts[m] + target[1]] = False
-        num_free = free.sum()
-        if num_free >= context_tokens or distinct == 0:
+            visible[tops[m] : tops[m] + target[0], lefts[m] : lefts[m] + target[1]] = False
+        if visible.sum() >= context_tokens or distinct == 0:
             break
         attempt += 1
         if attempt % ATTEMPTS == 0:
             distinct -= 1
-    # Selection sampling (Knuth, Algorithm S): K of the free patches, each set equally likely, in ascending order.
-    kept = 0
-    for row in range(grid[0]):
-        for column in range(grid[1]):
-            if free[row, column]:
-                if uniform(key, counter) * num_free < context_tokens - kept:
-                    tokens[kept] = row * grid[1] + column
-                    kept += 1
-                counter += 1
-                num_free -= 1
     for m in range(num_targets):
         _write_block(tops[m], lefts[m], target, grid[1], targets[m])
-    return kept
+    return _select(key, counter, visible.reshape(-1), context_tokens, tokens)
 
 
 @njit
-def draw_reference(seed, step, sample, grid, target, context, min_keep, tokens, targets):
+def draw_reference(seed, step, sample, grid, target, context, least_tokens, tokens, targets):
     """Fill ``tokens`` int32 [N] and ``targets`` int32 [M, T] as the released code draws them, before the truncation.
 
-    Returns the number of context tokens. Target blocks may overlap; the context block must not meet them, but after 20
-    failed draws in a row one target block (from the last) is no longer respected.
+    Returns the number of context tokens, ``least_tokens`` or more. Target blocks may overlap; the context block must
+    not meet them, but after 20 failed draws in a row one target block (from the last) is no longer respected.
     """
     key = stream(seed, MASK, step, sample)
     num_targets = targets.shape[0]
@@ -182,7 +191,7 @@ def draw_reference(seed, step, sample, grid, target, context, min_keep, tokens, 
                 if not hidden:
                     tokens[kept] = row * grid[1] + column
                     kept += 1
-        if kept > min_keep:
+        if kept >= least_tokens:
             return kept
         patience -= 1
         if patience == 0:
@@ -191,19 +200,22 @@ def draw_reference(seed, step, sample, grid, target, context, min_keep, tokens, 
 
 
 @njit
-def _smallest_context(seed, step, samples, grid, target, context, min_keep, num_targets):
+def _smallest_context(seed, step, samples, grid, target, context, least_tokens, num_targets):
     tokens = np.empty(grid[0] * grid[1], np.int32)
     targets = np.empty((num_targets, target[0] * target[1]), np.int32)
     smallest = grid[0] * grid[1]
     for sample in samples:
-        kept = draw_reference(seed, step, sample, grid, target, context, min_keep, tokens, targets)
+        kept = draw_reference(seed, step, sample, grid, target, context, least_tokens, tokens, targets)
         smallest = min(smallest, kept)
     return smallest
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sampler:
+class _Sampler(ABC):
     """What both samplers share. ``grid`` is (rows, columns) of patches."""
+
+    sizes_of: ClassVar[Callable[..., tuple[int, int, int, int]]]
+    draw_image: ClassVar[Callable[..., int]]
 
     seed: int
     grid: tuple[int, int]
@@ -211,6 +223,16 @@ class _Sampler:
     target_scale: tuple[float, float] = (0.15, 0.2)
     target_aspect_ratio: tuple[float, float] = (0.75, 1.5)
     context_scale: tuple[float, float] = (0.85, 1.0)
+
+    @property
+    @abstractmethod
+    def least_tokens(self) -> int:
+        """The context tokens that a draw has at least."""
+
+    @property
+    @abstractmethod
+    def context_room(self) -> int:
+        """The most context tokens that an image can have."""
 
     @property
     def geometry(self) -> tuple:
@@ -231,17 +253,17 @@ class _Sampler:
         sizes = self.block_sizes(step)
         tokens = np.empty(self.context_room, np.int32)
         targets = np.empty((self.num_targets, sizes.target_tokens), np.int32)
-        seed = np.uint64(self.seed)
-        kept = self.draw_image(seed, step, sample, self.grid, sizes.target, sizes.context, self.limit, tokens, targets)
+        blocks = (self.grid, sizes.target, sizes.context)
+        kept = self.draw_image(np.uint64(self.seed), step, sample, *blocks, self.least_tokens, tokens, targets)
         return tokens[:kept], targets
 
     def _possible_sizes(self) -> set[BlockSizes]:
         """Every size that a step can have, scanned finely enough for grids of thousands of patches."""
         fine, coarse = [i / 400 for i in range(401)], [i / 40 for i in range(41)]
-        found = {self.sizes_of(a, b, 0.0, *self.geometry) for a in fine for b in coarse}
-        found |= {self.sizes_of(b, a, 0.0, *self.geometry) for a in fine for b in coarse}
+        targets = {self.sizes_of(a, b, 0.0, *self.geometry)[:2] for a in fine for b in coarse}
+        targets |= {self.sizes_of(b, a, 0.0, *self.geometry)[:2] for a in fine for b in coarse}
         contexts = {self.sizes_of(0.0, a, a, *self.geometry)[2:] for a in fine}
-        return {BlockSizes(sizes[:2], context) for sizes in found for context in contexts}
+        return {BlockSizes(target, context) for target in targets for context in contexts}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,13 +285,13 @@ class MultiblockSampler(_Sampler):
             )
 
     @property
-    def limit(self) -> int:
-        """What a draw must reach: K tokens."""
+    def least_tokens(self) -> int:
+        """K."""
         return self.context_tokens
 
     @property
     def context_room(self) -> int:
-        """The most context tokens that an image can have."""
+        """K, too."""
         return self.context_tokens
 
     def context_count(self, step: int, group: np.ndarray) -> int:
@@ -295,7 +317,7 @@ class ReferenceSampler(_Sampler):
         sizes = self._possible_sizes()
         for name, blocks in (("target", {s.target for s in sizes}), ("context", {s.context for s in sizes})):
             smallest = min(blocks, key=lambda block: block[0] * block[1])
-            if smallest[0] * smallest[1] <= max(0, self.min_keep):
+            if smallest[0] * smallest[1] < max(1, self.least_tokens):
                 raise UserError(
                     f"the reference sampler never ends on a grid of {_by(self.grid)} patches: a {name} block of "
                     f"{_by(smallest)} does not hold more than masks.min_keep = {self.min_keep} patches; lower "
@@ -303,29 +325,29 @@ class ReferenceSampler(_Sampler):
                 )
 
     @property
-    def limit(self) -> int:
-        """What a draw must exceed."""
-        return self.min_keep
+    def least_tokens(self) -> int:
+        """More than ``min_keep``, as in the released code."""
+        return self.min_keep + 1
 
     @property
     def context_room(self) -> int:
-        """The most context tokens that an image can have."""
+        """All patches."""
         return self.grid[0] * self.grid[1]
 
     def context_count(self, step: int, group: np.ndarray) -> int:
         """Context tokens that every image of a truncation group keeps: the group's minimum. ``group``: samples [G]."""
         sizes = self.block_sizes(step)
-        return _smallest_context(
-            np.uint64(self.seed), step, group, self.grid, sizes.target, sizes.context, self.min_keep, self.num_targets
-        )
+        blocks = (self.grid, sizes.target, sizes.context)
+        return _smallest_context(np.uint64(self.seed), step, group, *blocks, self.least_tokens, self.num_targets)
 
 
 MaskSampler = MultiblockSampler | ReferenceSampler
 
 
 def default_context_tokens(grid: tuple[int, int]) -> int:
-    """The context budget K: 72 of the 256 patches of ViT-H/14 at 224 (98.4 % of all draws hold as many), in
-    proportion on other grids. Close to the 68.3 that the released code keeps at 128 images a GPU, so as costly as that.
+    """The context budget K: 72 of the 256 patches of ViT-H/14 at 224, in proportion on other grids.
+
+    98.4 % of all draws hold as many. Close to the 68.3 that the released code keeps at 128 images a GPU, so as costly.
     """
     return max(1, round(grid[0] * grid[1] * 72 / 256))
 

@@ -29,7 +29,7 @@ class Predictor(nn.Module):
         mlp_ratio: float = 4.0,
         activation_checkpointing: bool = False,
         generator: torch.Generator | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         self.predictor_embed = nn.Linear(encoder_width, width)

@@ -9,14 +9,15 @@ from typing import Any
 
 from ijepa_ds.config import Config, parse_config
 from ijepa_ds.engine.checkpoint_files import list_checkpoints, remove_incomplete
-from ijepa_ds.errors import UserError
+from ijepa_ds.errors import UserError, listing
+from ijepa_ds.files import replacing
 from ijepa_ds.run.provenance import git_commit, versions
 
 
 class RunFolder:
     """``runs/NAME``: config.json, checkpoints/, export/, metrics.jsonl, pictures/ and TensorBoard's files."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config) -> None:
         self.path = Path(config.ijepa.run.folder) / config.ijepa.run.name
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
@@ -31,37 +32,25 @@ class RunFolder:
     def check_belongs(self, config: Config, num_images: int) -> None:
         """Refuse a folder that holds another run: what differs is listed. Reads only.
 
-        A folder that weights were imported into has not seen its images yet: their number is null there, and free.
+        A folder that weights were imported into has not seen its images yet: any number of them belongs to it.
         """
-        file = self.path / "config.json"
-        if not file.exists():
-            if list_checkpoints(self.checkpoints):
-                raise UserError(f"{self.path} holds checkpoints but no config.json; choose another ijepa.run.name")
-            return
         if not list_checkpoints(self.checkpoints):
-            return  # an attempt that ended before its first checkpoint: nothing to protect
-        try:
-            saved = json.loads(file.read_text())
-            then = {
-                **parse_config(saved["config"], source=str(file)).recipe(),
-                "images in ijepa.data.train": saved["images"],
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{file} cannot be read ({error}); move {self.path} away or choose another ijepa.run.name"
-            ) from None
-        now = {**config.recipe(), "images in ijepa.data.train": num_images}
-        if then["images in ijepa.data.train"] is None:
-            then["images in ijepa.data.train"] = num_images
+            return  # at most an attempt that ended before its first checkpoint: nothing to protect
+        if not (self.path / "config.json").exists():
+            raise UserError(f"{self.path} holds checkpoints but no config.json; choose another ijepa.run.name")
+        saved, saved_images = read_run_record(self.path)
+        then, now = saved.recipe(), config.recipe()
+        if saved_images is not None:
+            then["images in ijepa.data.train"], now["images in ijepa.data.train"] = saved_images, num_images
         differing = [
-            f"\n  - {key}: {json.dumps(then.get(key))} there, {json.dumps(now.get(key))} here"
+            f"{key}: {json.dumps(then.get(key))} there, {json.dumps(now.get(key))} here"
             for key in sorted(then.keys() | now.keys())
             if then.get(key) != now.get(key)
         ]
         if differing:
             raise UserError(
                 f"{self.path} belongs to a run with another configuration; choose another ijepa.run.name, or remove "
-                f"the folder to start over. What differs:{''.join(differing)}"
+                f"the folder to start over. What differs:{listing(differing)}"
             )
 
     def prepare(self, config: Config, num_images: int | None) -> dict[str, Any]:
@@ -73,17 +62,15 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             remove_incomplete(self.checkpoints)
-            temporary = self.path / "config.json.tmp"
-            temporary.write_text(json.dumps(record, indent=2) + "\n")
-            os.replace(temporary, self.path / "config.json")
+            with replacing(self.path / "config.json") as temporary:
+                temporary.write_text(json.dumps(record, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error}); choose another ijepa.run.folder") from error
         return record
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, if there is one."""
-        found = list_checkpoints(self.checkpoints)
-        return found[-1] if found else None
+        return next(reversed(list_checkpoints(self.checkpoints)), None)
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
@@ -92,10 +79,10 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         return path.resolve().parent.parent, path
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is not a run folder: it has no config.json; give one, or its checkpoints/step_N")
-    found = list_checkpoints(path / "checkpoints")
-    if not found:
+    checkpoints = list_checkpoints(path / "checkpoints")
+    if not checkpoints:
         raise UserError(f"{path} has no checkpoint yet; train first: deepspeed run.py --config FILE.json")
-    return path, found[-1]
+    return path, checkpoints[-1]
 
 
 def read_run_config(path: Path) -> Config:
@@ -104,7 +91,7 @@ def read_run_config(path: Path) -> Config:
 
 
 def read_run_record(path: Path) -> tuple[Config, int | None]:
-    """The same and the number of training images, None where weights were imported and nothing was trained yet."""
+    """A run's configuration and number of training images, None where weights were imported and not trained yet."""
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path} is not a run folder: it has no config.json")
@@ -112,4 +99,6 @@ def read_run_record(path: Path) -> tuple[Config, int | None]:
         record = json.loads(file.read_text())
         return parse_config(record["config"], source=str(file)), record["images"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error!r}); put back what the run wrote there") from None
+        raise UserError(
+            f"{file} cannot be read ({error!r}); put back what the run wrote, or move {path} away"
+        ) from None

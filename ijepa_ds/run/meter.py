@@ -30,21 +30,22 @@ class Meter:
         self.images_per_step = images_per_step
         self._clock = clock
         self._warm = False
-        self._restart()
+        self._since, self._steps, self._waited = clock(), 0, 0.0
 
     def watch(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The items of ``batches``; the time each takes to arrive counts as waiting (twice if ``batches`` is watched
-        too).
+        """The items of ``batches``; the time that each takes to arrive counts as waiting.
+
+        It would count twice where ``batches`` is watched too.
         """
         iterator = iter(batches)
         while True:
-            asked = self._clock()
+            began = self._clock()
             try:
                 item = next(iterator)
             except StopIteration:
                 return
             finally:
-                self._waited += self._clock() - asked
+                self._waited += self._clock() - began
             yield item
 
     def step_done(self) -> None:
@@ -66,9 +67,7 @@ class Meter:
             self._waited = waited
 
     def read(self) -> dict[str, float]:
-        """``images_per_second``, ``step_seconds``, ``loader_wait`` (0 to 1) since the last reading; {} without a step
-        since.
-        """
+        """``images_per_second``, ``step_seconds``, ``loader_wait`` (0 to 1) since the last reading; {} without one."""
         seconds, steps, waited = self._clock() - self._since, self._steps, self._waited
         if steps == 0 or seconds <= 0:
             return {}

@@ -8,6 +8,8 @@ import os
 import time
 from pathlib import Path
 
+from ijepa_ds.files import replacing
+
 
 class MetricsFile:
     """``metrics.jsonl``: one JSON object per step, ``{"step": ..., "time": unix seconds, name: value or null, ...}``.
@@ -20,12 +22,8 @@ class MetricsFile:
         self.path = path
         self._record: dict[str, float | int | None] = {}
         kept = _lines_up_to(path, last_step) if path.exists() else []
-        fresh = path.with_name(path.name + ".new")
-        with open(fresh, "wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
         self._offset = self._end = sum(map(len, kept))  # of the last line; past it
 
     def write(self, step: int, values: dict[str, float]) -> None:

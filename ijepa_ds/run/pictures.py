@@ -1,7 +1,8 @@
 """Pictures that show what a run does: its masks, and what its features see. uint8 numpy [H, W, 3], RGB.
 
 Shapes: B images, N patches, K context tokens, M target blocks, T tokens of a target block, D encoder width.
-Patch n of a grid of (rows, cols) patches lies in row n // cols and column n % cols.
+Patch n of a grid of (rows, cols) patches lies in row n // cols and column n % cols. Images are uint8 [B, H, W, 3] with
+H and W multiples of the grid's rows and columns.
 """
 
 from __future__ import annotations
@@ -31,17 +32,8 @@ def draw_masks(
 ) -> np.ndarray:
     """One sheet, a cell per image: the image | what the context encoder sees | the target blocks, a colour each.
 
-    Args:
-        images: uint8 [B, H, W, 3]; H and W are multiples of the grid's rows and columns.
-        context_block: patch indices [B, K].
-        target_blocks: patch indices [M, B, T].
-        grid: (rows, columns) of patches.
-
-    Returns:
-        uint8 [height, width, 3].
-
-    Raises:
-        ValueError: the image does not divide into the grid, or an index lies outside it.
+    ``context_block`` [B, K] and ``target_blocks`` [M, B, T] are patch indices; one that lies outside the grid is a
+    ValueError.
     """
     images, context_block, target_blocks = np.asarray(images), np.asarray(context_block), np.asarray(target_blocks)
     _check_grid(images, grid)
@@ -54,16 +46,7 @@ def draw_masks(
 
 
 def feature_sheet(images: np.ndarray, tokens: Tensor, *, grid: tuple[int, int]) -> np.ndarray:
-    """One sheet of cells, one cell an image: the image | the first three principal components of its features.
-
-    Args:
-        images: uint8 [B, H, W, 3]; H and W are multiples of the grid's rows and columns.
-        tokens: [B, N, D], any float dtype and device.
-        grid: (rows, columns) of patches.
-
-    Returns:
-        uint8 [height, width, 3].
-    """
+    """One sheet, a cell per image: the image | the first three principal components of its ``tokens`` [B, N, D]."""
     images = np.asarray(images)
     _check_grid(images, grid)
     enlarged = _enlarge(images)
@@ -79,14 +62,8 @@ def pca_rgb(tokens: Tensor, *, grid: tuple[int, int], size: tuple[int, int]) -> 
     its 1st to its 99th percentile; its sign is the one that makes its largest loading positive. A component without
     variance is mid-grey, and so is the whole picture where a token is not finite.
 
-    Args:
-        tokens: [B, N, D], any float dtype and device.
-        grid: (rows, columns) of patches.
-        size: (height, width) of the result in pixels; a patch is enlarged as it is (nearest), so that patches can be
-            told apart.
-
-    Returns:
-        uint8 [B, H, W, 3].
+    ``tokens`` [B, N, D] may have any float dtype and device. A patch is enlarged to ``size`` (height, width in pixels)
+    as it is (nearest), so that patches can be told apart: uint8 [B, H, W, 3].
     """
     rows, cols = grid
     batch, num_patches, width = tokens.shape

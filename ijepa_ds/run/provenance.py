@@ -5,30 +5,28 @@ from __future__ import annotations
 import platform
 import subprocess
 from importlib import metadata
-from pathlib import Path
+
+from ijepa_ds.files import PROJECT
 
 _PACKAGES = ("torch", "deepspeed", "timm", "ffcv", "numpy", "numba", "ijepa_ds")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide what a run computes."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+            installed[package] = "unknown"
+    return installed
 
 
 def git_commit() -> str:
     """The commit of this source tree, with a mark where files differ from it; "unknown" outside a checkout."""
-    folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.check_output(["git", *arguments], cwd=PROJECT, stderr=subprocess.DEVNULL, text=True).strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -334,7 +334,7 @@ def test_what_is_not_a_whole_image_is_unreadable(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_target_size(size: tuple, bounds: tuple, expected: tuple) -> None:
-    assert images.target_size(*size, max_resolution=bounds[0], resize_short=bounds[1]) == expected
+    assert images.target_size(*size, bound=bounds[0], short_bound=bounds[1]) == expected
 
 
 def test_resolution_bounds_what_is_stored(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from ijepa_ds.errors import UserError
 from ijepa_ds.progress import duration
-from ijepa_ds.run import monitor as monitor_module
+from ijepa_ds.run import metrics_file
 from ijepa_ds.run.meter import Meter
 from ijepa_ds.run.monitor import Monitor, scalar_tag
 
@@ -82,7 +82,7 @@ def test_a_resume_takes_back_the_steps_after_it(tmp_path):
     monitor.close()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(10, 10.0), (20, 20.0), (30, -1.0)]
     assert [(s.step, s.value) for s in tensorboard(tmp_path).Scalars("train/loss")] == [(10, 10), (20, 20), (30, -1)]
-    assert not list(tmp_path.glob("*.new"))
+    assert not list(tmp_path.glob("metrics.jsonl?*"))
 
 
 def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
@@ -146,7 +146,7 @@ def test_a_full_disk_is_said_once_and_the_log_goes_on_when_there_is_room(tmp_pat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr(monitor_module.os, "open", full)
+        broken.setattr(metrics_file.os, "open", full)
         broken.setattr(monitor._writer, "add_scalar", full)
         for step in (2, 3):
             monitor.scalars(step, {"loss": 1.0})
