@@ -139,7 +139,7 @@ def read_reference(path: str | Path, *, heads: int | None = None) -> ReferenceCh
         )
     parts = {key: from_reference(content[key]) for key in ("encoder", "target_encoder", "predictor")}
     inspected = {key: _inspect(tensors, predictor=key == "predictor") for key, tensors in parts.items()}
-    problems = [f"{key}: {problem}" for key, (_, found) in inspected.items() for problem in found]
+    problems = [f"{key}: {problem}" for key, (_, its_problems) in inspected.items() for problem in its_problems]
     encoder, target_encoder, predictor = (sizes for sizes, _ in inspected.values())
     if encoder and target_encoder and predictor:
         if encoder != target_encoder:
