@@ -54,12 +54,12 @@ class Checked(BaseModel):
         return {**{name: {} for name in needed}, **raw}
 
 
-def check(model: type[Model], raw: object, prefix: str = "") -> tuple[Model | None, list[str]]:
-    """Return what ``raw`` holds and no problems, or None and all problems; ``prefix`` stands before each key."""
+def check(model: type[Model], raw: object) -> tuple[Model | None, list[str]]:
+    """Return what ``raw`` holds and no problems, or None and all problems."""
     try:
         return model.model_validate(raw), []
     except ValidationError as error:
-        return None, [_problem(model, detail, prefix) for detail in error.errors(include_url=False)]
+        return None, [_problem(model, detail) for detail in error.errors(include_url=False)]
 
 
 def read_json(model: type[Model], path: Path, complaint: str) -> Model:
@@ -124,11 +124,10 @@ def json_kind(value: Any) -> str:
     return _JSON_KINDS.get(type(value), "a number")
 
 
-def _problem(model: type[BaseModel], detail: ErrorDetails, prefix: str) -> str:
+def _problem(model: type[BaseModel], detail: ErrorDetails) -> str:
     """One problem as a line: the key, the value and what it must be."""
-    location, kind, value, context = detail["loc"], detail["type"], detail["input"], detail.get("ctx", {})
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in (*prefix.split("."), *location))
-    key = key.lstrip(".")
+    location, kind, value = detail["loc"], detail["type"], detail["input"]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
     if kind == "missing":
         return f"{key} is missing"
     for part in location[:-1]:
@@ -139,11 +138,18 @@ def _problem(model: type[BaseModel], detail: ErrorDetails, prefix: str) -> str:
         return f"{key} {unknown}{nearest(str(location[-1]), model.model_fields)}"
     if kind in ("model_type", "dict_type"):
         return f"{key or 'it'} must be an object, not {json_kind(value)}"
-    complaint = _COMPLAINTS.get(kind, detail["msg"].replace("Input should", "must")).format(**context)
-    if kind == "literal_error":
-        choices = re.findall("'(.*?)'", context["expected"])
-        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-        complaint = f"must be one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
-        if not choices:  # one value that is no string
-            complaint = f"must be {context['expected'].lower()}: {model.model_fields[str(location[-1])].description}"
+    complaint = detail["msg"].replace("Input should", "must")
+    if kind in _COMPLAINTS:
+        complaint = _COMPLAINTS[kind].format(**detail.get("ctx", {}))
+    elif kind == "literal_error":
+        complaint = _choice(value, detail["ctx"]["expected"], model.model_fields[str(location[-1])].description)
     return f"{key} = {json.dumps(value, default=repr)} {complaint}" if key else complaint
+
+
+def _choice(value: Any, expected: str, description: str | None) -> str:
+    """What a value must be that is none of ``expected``, such as ``'a' or 'b'``; where only one is, also why."""
+    choices = re.findall("'(.*?)'", expected) or [expected.lower()]
+    if len(choices) == 1:
+        return f"must be {choices[0]}" + (f": {description}" if description else "")
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    return f"must be one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")

@@ -380,6 +380,8 @@ def test_several_settings_that_do_not_go_together_are_reported_at_once():
 def test_a_file_that_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.json does not exist; .* ds_configs/"):
         load_config(tmp_path / "none.json")
+    with pytest.raises(UserError, match=r"is not valid JSON \(.*directory.*\); mend it there"):
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{'a': 1}", b"\xff\xfe\x00", b'{"a": 1,}'])
@@ -587,23 +589,23 @@ def test_every_setting_is_either_changeable_or_part_of_the_recipe():
 # ------------------------------------------------------------------------------------------- DeepSpeed
 
 
-class Asked(dict):
-    """A configuration that notes which keys are asked for."""
+class Watched(dict):
+    """A configuration that notes which of its keys are read."""
 
     def __init__(self, values: dict):
         super().__init__(values)
-        self.keys_asked: set[str] = set()
+        self.keys_read: set[str] = set()
 
     def get(self, key, default=None):
-        self.keys_asked.add(key)
+        self.keys_read.add(key)
         return super().get(key, default)
 
     def __getitem__(self, key):
-        self.keys_asked.add(key)
+        self.keys_read.add(key)
         return super().__getitem__(key)
 
     def __contains__(self, key):
-        self.keys_asked.add(key)
+        self.keys_read.add(key)
         return super().__contains__(key)
 
 
@@ -614,10 +616,10 @@ def test_every_accepted_key_is_really_read_by_the_installed_deepspeed():
     import ijepa_ds.engine  # noqa: F401  it readies DeepSpeed for machines with and without a GPU
 
     # The profiler's part is looked for among keys(), so it shows by being read alone.
-    asked = Asked({"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "flops_profiler": {}})
-    DeepSpeedConfig(asked)
-    assert asked.keys_asked >= DEEPSPEED_KEYS
-    assert "gradient_cliping" not in asked.keys_asked
+    watched = Watched({"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "flops_profiler": {}})
+    DeepSpeedConfig(watched)
+    assert watched.keys_read >= DEEPSPEED_KEYS
+    assert "gradient_cliping" not in watched.keys_read
 
 
 def test_the_accepted_keys_cannot_be_changed():

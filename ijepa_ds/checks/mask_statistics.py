@@ -81,7 +81,7 @@ def mask_statistics(sampler: MaskSampler, num_images: int) -> dict[str, Any]:
         "target_scale": list(sampler.target_scale),
         "target_aspect_ratio": list(sampler.target_aspect_ratio),
         "targets": sampler.num_targets,
-        "min_keep": getattr(sampler, "min_keep", None),
+        "min_keep": sampler.min_keep if isinstance(sampler, ReferenceSampler) else None,
         "context_tokens": {
             **_summary(counts),
             "min": int(counts.min()),
@@ -175,7 +175,7 @@ def _draw(sampler: MaskSampler, statistics: dict[str, Any], path: Path) -> None:
         }
     figure = Figure(figsize=(16, 8.5), layout="constrained")
     figure.suptitle(f"{statistics['sampler']} masks on {sampler.grid[0]} x {sampler.grid[1]} patches")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 2.6))
+    above, below = np.ravel(figure.subfigures(2, 1, height_ratios=(1, 2.6)))
     above.suptitle(
         "examples: context (dark), target blocks (a colour each; where they overlap, the last one)", fontsize=10
     )

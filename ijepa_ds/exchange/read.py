@@ -21,13 +21,11 @@ from ijepa_ds.exchange.safe_load import read_pickle, read_safetensors, tensor_pr
 from ijepa_ds.exchange.sizes import (
     TensorSizes,
     attention_heads,
-    encoder_shapes,
-    encoder_sizes,
+    expected_shapes,
     grid_of_positions,
-    predictor_shapes,
-    predictor_sizes,
     shape_differences,
     shapes_of,
+    tensor_sizes,
 )
 from ijepa_ds.exchange.tensor_names import from_reference, from_transformers
 from ijepa_ds.method.encoder import Dimensions
@@ -139,7 +137,7 @@ def read_reference(path: str | Path, *, heads: int | None = None) -> ReferenceCh
         )
     parts = {key: from_reference(content[key]) for key in ("encoder", "target_encoder", "predictor")}
     inspected = {key: _inspect(tensors, predictor=key == "predictor") for key, tensors in parts.items()}
-    problems = [f"{key}: {problem}" for key, (_, found) in inspected.items() for problem in found]
+    problems = [f"{key}: {problem}" for key, (_, its_problems) in inspected.items() for problem in its_problems]
     encoder, target_encoder, predictor = (sizes for sizes, _ in inspected.values())
     if encoder and target_encoder and predictor:
         if encoder != target_encoder:
@@ -236,12 +234,12 @@ def _inspect(weights: dict[str, Any], *, predictor: bool = False) -> tuple[Tenso
     """Sizes, and all problems, of an encoder's or a predictor's state dict; no sizes only with a problem."""
     problems = tensor_problems(weights)
     tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-    sizes = (predictor_sizes if predictor else encoder_sizes)(tensors)
+    sizes = tensor_sizes(tensors, predictor=predictor)
     if sizes is None:
         return None, [*problems, "its tensors are too few, or not of the shapes, to tell a size"]
-    shapes = (predictor_shapes if predictor else encoder_shapes)(sizes)
-    no_tensors = weights.keys() - tensors.keys()  # which are among the problems already
-    expected = {name: shape for name, shape in shapes.items() if name not in no_tensors}
+    named = weights.keys() - tensors.keys()  # among the problems already
+    shapes = expected_shapes(sizes, predictor=predictor)
+    expected = {name: shape for name, shape in shapes.items() if name not in named}
     return sizes, problems + shape_differences(shapes_of(tensors), expected)
 
 

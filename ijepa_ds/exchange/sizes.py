@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ijepa_ds.errors import UserError
 from ijepa_ds.method.encoder import NAMED_DIMENSIONS, Dimensions, VisionTransformer
@@ -38,29 +38,44 @@ class TensorSizes:
     outer: int
 
 
-def encoder_sizes(weights: dict[str, Tensor]) -> TensorSizes | None:
-    """Sizes of an encoder under timm's names; None where these tensors are no encoder."""
-    return _sizes(weights, "blocks", "norm", "patch_embed.proj.weight", 3)
+def tensor_sizes(weights: dict[str, Tensor], *, predictor: bool = False) -> TensorSizes | None:
+    """Sizes of an encoder under timm's names, or of a predictor under the released code's; None where they are none.
+
+    The most frequent width and hidden width count, so that one misshapen tensor is named and not the others.
+    """
+    prefix = "predictor_" if predictor else ""
+    outermost, axis = ("predictor_embed.weight", 1) if predictor else ("patch_embed.proj.weight", 3)
+    depth, widths, hidden = 0, list[int](), list[int]()
+    for name, tensor in weights.items():
+        block = re.fullmatch(rf"{prefix}blocks\.(\d+)\.(.+)", name)
+        if block and tensor.ndim == 1:
+            depth = max(depth, int(block[1]) + 1)
+            widths += tensor.shape if block[2] in ("norm1.weight", "norm2.weight") else ()
+            hidden += tensor.shape if block[2] == "mlp.fc1.bias" else ()
+        elif name == f"{prefix}norm.weight" and tensor.ndim == 1:
+            widths += tensor.shape
+    outer = weights.get(outermost)
+    if not widths or not hidden or outer is None or outer.ndim <= axis or depth > len(weights):
+        return None
+    width = statistics.mode(widths)
+    if width < 4 or width % 4 or outer.shape[axis] < 1 or min(hidden) < 1:
+        return None  # no 2-D sine-cosine positions of this width
+    return TensorSizes(width, depth, statistics.mode(hidden), outer.shape[axis])
 
 
-def predictor_sizes(weights: dict[str, Tensor]) -> TensorSizes | None:
-    """Sizes of a predictor under the released code's names; None where these tensors are none."""
-    return _sizes(weights, "predictor_blocks", "predictor_norm", "predictor_embed.weight", 1)
-
-
-def encoder_shapes(sizes: TensorSizes) -> Shapes:
-    """Shapes of all tensors of an encoder of these sizes, with positions of any grid."""
+def expected_shapes(sizes: TensorSizes, *, predictor: bool = False) -> Shapes:
+    """Shapes of all tensors of these sizes, with positions of any grid; a predictor's MLPs are 4 times its width."""
+    network: nn.Module
     with torch.device("meta"):
-        dimensions = Dimensions(sizes.width, sizes.depth, 1, sizes.hidden)
-        weights = VisionTransformer((sizes.outer, sizes.outer), sizes.outer, dimensions).state_dict()
-    return {**shapes_of(weights), "pos_embed": (1, None, sizes.width)}
-
-
-def predictor_shapes(sizes: TensorSizes) -> Shapes:
-    """Shapes of all tensors of a predictor of these sizes, whose MLPs are always four times as wide as itself."""
-    with torch.device("meta"):
-        weights = Predictor((1, 1), sizes.outer, width=sizes.width, depth=sizes.depth, heads=1).state_dict()
-    return {**shapes_of(weights), "predictor_pos_embed": (1, None, sizes.width)}
+        if predictor:
+            network = Predictor((1, 1), sizes.outer, width=sizes.width, depth=sizes.depth, heads=1)
+        else:
+            dimensions = Dimensions(sizes.width, sizes.depth, 1, sizes.hidden)
+            network = VisionTransformer((sizes.outer, sizes.outer), sizes.outer, dimensions)
+    return {
+        **shapes_of(network.state_dict()),
+        "predictor_pos_embed" if predictor else "pos_embed": (1, None, sizes.width),
+    }
 
 
 def shapes_of(weights: Mapping[str, Tensor]) -> Shapes:
@@ -123,26 +138,6 @@ def attention_heads(width: int, given: int | None, source: object) -> int:
 def name_of(dimensions: Dimensions) -> str | None:
     """tiny to giant, if these are the dimensions of one."""
     return next((name for name, named in NAMED_DIMENSIONS.items() if named == dimensions), None)
-
-
-def _sizes(weights: dict[str, Tensor], blocks: str, norm: str, outermost: str, axis: int) -> TensorSizes | None:
-    """The most frequent width and hidden width, so that one misshapen tensor is named and not the others."""
-    depth, widths, hidden = 0, list[int](), list[int]()
-    for name, tensor in weights.items():
-        block = re.fullmatch(rf"{blocks}\.(\d+)\.(.+)", name)
-        if block and tensor.ndim == 1:
-            depth = max(depth, int(block[1]) + 1)
-            widths += tensor.shape if block[2] in ("norm1.weight", "norm2.weight") else ()
-            hidden += tensor.shape if block[2] == "mlp.fc1.bias" else ()
-        elif name == f"{norm}.weight" and tensor.ndim == 1:
-            widths += tensor.shape
-    outer = weights.get(outermost)
-    if not widths or not hidden or outer is None or outer.ndim <= axis or depth > len(weights):
-        return None
-    width = statistics.mode(widths)
-    if width < 4 or width % 4 or outer.shape[axis] < 1 or min(hidden) < 1:
-        return None  # no 2-D sine-cosine positions of this width
-    return TensorSizes(width, depth, statistics.mode(hidden), outer.shape[axis])
 
 
 def _fits(shape: tuple[int | None, ...], expected: tuple[int | None, ...]) -> bool:

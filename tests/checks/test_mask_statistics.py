@@ -48,25 +48,25 @@ def test_coverages_add_up(reference):
 
 def test_numbers_of_a_few_draws_are_those_of_the_draws():
     sampler = MultiblockSampler(seed=0, grid=(6, 9), context_tokens=10)
-    found = mask_statistics(sampler, 5)
+    statistics = mask_statistics(sampler, 5)
     covered, unions = np.zeros(54), []
     for image in range(5):
         tokens, blocks = sampler.draw(image, image)
         covered[tokens] += 0.2
         unions.append(len(set(blocks.ravel().tolist())))
-    assert np.ravel(found["context_coverage_by_patch"]) == pytest.approx(covered, abs=1e-4)
-    assert found["target_union_tokens"]["mean"] == pytest.approx(np.mean(unions))
-    assert found["context_tokens"] == {"mean": 10.0, "std": 0.0, "min": 10, "max": 10} | {
-        "quantiles": dict.fromkeys(found["context_tokens"]["quantiles"], 10.0)
+    assert np.ravel(statistics["context_coverage_by_patch"]) == pytest.approx(covered, abs=1e-4)
+    assert statistics["target_union_tokens"]["mean"] == pytest.approx(np.mean(unions))
+    assert statistics["context_tokens"] == {"mean": 10.0, "std": 0.0, "min": 10, "max": 10} | {
+        "quantiles": dict.fromkeys(statistics["context_tokens"]["quantiles"], 10.0)
     }
 
 
 def test_the_command_prints_json_with_what_the_truncation_leaves(capsys, monkeypatch):
     monkeypatch.setattr("ijepa_ds.checks.mask_statistics._LEAST_GROUPS", 60)
     assert main(["--config", "ds_configs/vith14.json", "--sampler", "reference", "--images", "50", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    cut = found["truncated"]
-    assert (found["sampler"], found["images"], cut["images"]) == ("reference", 50, 60 * 128)
+    statistics = json.loads(capsys.readouterr().out)
+    cut = statistics["truncated"]
+    assert (statistics["sampler"], statistics["images"], cut["images"]) == ("reference", 50, 60 * 128)
     assert cut["context_tokens"]["mean"] == pytest.approx(68.3, abs=4)
     lost = cut["context_lost_by_row"]
     assert lost[:3] == pytest.approx([0, 0, 0], abs=0.01) and lost[15] is None

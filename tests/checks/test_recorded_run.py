@@ -39,15 +39,15 @@ def refusal(path) -> str:
 
 
 def test_a_trace_is_read(trace):
-    found = read_trace(trace)
-    assert (len(found.settings.steps), found.settings.image_size) == (3, (16, 16))
-    assert found.tensor("step1/context_masks").shape == (1, 2, 4)
-    assert found.settings.steps[2].loss > 0
+    recorded = read_trace(trace)
+    assert (len(recorded.settings.steps), recorded.settings.image_size) == (3, (16, 16))
+    assert recorded.tensor("step1/context_masks").shape == (1, 2, 4)
+    assert recorded.settings.steps[2].loss > 0
 
 
 def test_a_rectangular_grid_and_another_hidden_width_are_read(tmp_path):
-    found = read_trace(record_trace(tmp_path, image_size=[16, 24], encoder=(24, 1, 3, 97)))
-    encoder, predictor = found.build()
+    recorded = read_trace(record_trace(tmp_path, image_size=[16, 24], encoder=(24, 1, 3, 97)))
+    encoder, predictor = recorded.build()
     assert encoder.grid == (4, 6) and encoder.blocks[0].mlp.fc1.out_features == 97
     assert predictor.predictor_pos_embed.shape == (1, 24, 8)
 

@@ -176,9 +176,9 @@ def test_what_was_exported_is_read_back_bit_for_bit(make_run) -> None:
         "reference": "checkpoint.pth.tar",
     }.items():
         main([str(run), "--format", file_format])
-        found = read_encoder(run / "export" / name, heads=2)
-        assert (found.role, found.grid, found.dimensions) == ("target", (8, 4), SMALL)
-        assert_same_tensors(found.state_dict(), encoder_weights(checkpoint, (8, 4), "target"))
+        foreign = read_encoder(run / "export" / name, heads=2)
+        assert (foreign.role, foreign.grid, foreign.dimensions) == ("target", (8, 4), SMALL)
+        assert_same_tensors(foreign.state_dict(), encoder_weights(checkpoint, (8, 4), "target"))
     main([str(run), "--encoder", "context"])
     assert read_encoder(run / "export" / "context_encoder.safetensors", heads=2).role == "context"
     assert not list(run.rglob("*.tmp"))

@@ -21,17 +21,17 @@ from ijepa_ds.method.positions import sine_cosine_positions
 def test_parameters_and_16_bit_weights_are_taken(tmp_path) -> None:
     encoder = VisionTransformer((32, 32), 4, SMALL).bfloat16()
     torch.save(dict(encoder.named_parameters()), tmp_path / "x.pth")
-    found = read_encoder(tmp_path / "x.pth", heads=2)
+    foreign = read_encoder(tmp_path / "x.pth", heads=2)
     expected = {name: p.detach().float() for name, p in encoder.named_parameters() if name != "pos_embed"}
-    assert_same_tensors(found.weights, expected)
-    assert not any(tensor.requires_grad for tensor in found.weights.values())
-    assert torch.equal(found.state_dict()["pos_embed"][0], sine_cosine_positions(32, (8, 8)))  # not its rounding
+    assert_same_tensors(foreign.weights, expected)
+    assert not any(tensor.requires_grad for tensor in foreign.weights.values())
+    assert torch.equal(foreign.state_dict()["pos_embed"][0], sine_cosine_positions(32, (8, 8)))  # not its rounding
 
 
-def build(found, image_size):
+def build(foreign, image_size):
     """Our encoder with the weights that were read, at any image size."""
-    encoder = VisionTransformer(image_size, found.patch_size, found.dimensions)
-    encoder.load_state_dict(found.state_dict(encoder.grid))
+    encoder = VisionTransformer(image_size, foreign.patch_size, foreign.dimensions)
+    encoder.load_state_dict(foreign.state_dict(encoder.grid))
     return encoder.eval()
 
 
@@ -39,12 +39,12 @@ def build(found, image_size):
 def test_a_released_checkpoint(tmp_path, encoder) -> None:
     content = released_checkpoint((32, 16))
     path = save_released(tmp_path / "x.pth.tar", content)
-    found = read_encoder(path, encoder=encoder, heads=2)
-    assert (found.format, found.role, found.grid, found.patch_size) == ("reference", encoder, (8, 4), 4)
-    assert found.dimensions == SMALL and f"the {encoder.upper()} encoder" in found.describe()
+    foreign = read_encoder(path, encoder=encoder, heads=2)
+    assert (foreign.format, foreign.role, foreign.grid, foreign.patch_size) == ("reference", encoder, (8, 4), 4)
+    assert foreign.dimensions == SMALL and f"the {encoder.upper()} encoder" in foreign.describe()
     key = {"target": "target_encoder", "context": "encoder"}[encoder]
     expected = {name.removeprefix("module."): tensor for name, tensor in content[key].items()}
-    assert_same_tensors(found.state_dict(), expected)
+    assert_same_tensors(foreign.state_dict(), expected)
 
 
 def test_the_target_encoder_is_the_default(tmp_path) -> None:
@@ -76,11 +76,11 @@ def test_features_of_timms_file_are_timms(tmp_path, image_size) -> None:
     model.load_state_dict({**stored, "pos_embed": sine_cosine_positions(32, grid)[None]})
     images = torch.randn(3, 3, *image_size)
     for path in (tmp_path / "x.safetensors", tmp_path / "x.pth"):
-        found = read_encoder(path, heads=2)
-        assert (found.format, found.role, found.grid) == ("timm", "unknown", (8, 8))
+        foreign = read_encoder(path, heads=2)
+        assert (foreign.format, foreign.role, foreign.grid) == ("timm", "unknown", (8, 8))
         with torch.no_grad():
             torch.testing.assert_close(
-                build(found, image_size)(images), model.forward_features(images), rtol=0, atol=1e-5
+                build(foreign, image_size)(images), model.forward_features(images), rtol=0, atol=1e-5
             )
 
 
@@ -103,13 +103,13 @@ def transformers_folder(path, image_size=(32, 32), **changes):
 @pytest.mark.parametrize("image_size", [(32, 32), (32, 16), (16, 32)])
 def test_features_of_a_transformers_folder_are_the_librarys(tmp_path, image_size) -> None:
     model = transformers_folder(tmp_path, image_size)
-    found = read_encoder(tmp_path)
-    assert (found.format, found.role) == ("transformers", "unknown")
-    assert found.dimensions == Dimensions(32, 2, 2, 96) and found.grid == (image_size[0] // 4, image_size[1] // 4)
+    foreign = read_encoder(tmp_path)
+    assert (foreign.format, foreign.role) == ("transformers", "unknown")
+    assert foreign.dimensions == Dimensions(32, 2, 2, 96) and foreign.grid == (image_size[0] // 4, image_size[1] // 4)
     images = torch.randn(3, 3, *image_size)
     with torch.no_grad():
         theirs = model(images).last_hidden_state
-        torch.testing.assert_close(build(found, image_size)(images), theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(build(foreign, image_size)(images), theirs, rtol=0, atol=1e-5)
 
 
 def test_a_transformers_folder_that_is_not_whole_or_of_another_kind(tmp_path) -> None:
@@ -118,8 +118,9 @@ def test_a_transformers_folder_that_is_not_whole_or_of_another_kind(tmp_path) ->
     transformers_folder(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, expected in (
-        ({"model_type": "vit"}, "is not of an I-JEPA encoder"),
-        ({"hidden_act": "relu"}, "is not of an I-JEPA encoder"),
+        ({"model_type": "vit"}, 'is not of an I-JEPA encoder:\n  - model_type = "vit" must be ijepa'),
+        ({"hidden_act": "relu", "qkv_bias": False}, "must be gelu\n  - qkv_bias = false must be true"),
+        ({"num_attention_heads": "2"}, 'num_attention_heads = "2" must be a whole number'),
         ({"num_hidden_layers": 3}, "num_hidden_layers = 3, 2 in the tensors"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))

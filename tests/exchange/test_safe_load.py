@@ -70,10 +70,10 @@ def test_plain_values_and_numpys_scalars_come_back(tmp_path, save) -> None:
         "groups": [{"betas": (0.9, 0.999), "names": {"a", "b"}, "none": None}],
     }
     save(content, tmp_path / "x.pth")
-    found = read_pickle(tmp_path / "x.pth")
-    assert torch.equal(found.pop("tensor"), content.pop("tensor"))
-    assert found == content
-    assert [type(found[key]) for key in ("lr", "loss", "epoch", "flag")] == [float, float, int, bool]
+    loaded = read_pickle(tmp_path / "x.pth")
+    assert torch.equal(loaded.pop("tensor"), content.pop("tensor"))
+    assert loaded == content
+    assert [type(loaded[key]) for key in ("lr", "loss", "epoch", "flag")] == [float, float, int, bool]
 
 
 def test_numpys_constructors_are_let_in_for_numbers_alone(tmp_path) -> None:

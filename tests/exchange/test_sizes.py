@@ -10,14 +10,12 @@ from ijepa_ds.errors import UserError
 from ijepa_ds.exchange.sizes import (
     TensorSizes,
     attention_heads,
-    encoder_shapes,
-    encoder_sizes,
+    expected_shapes,
     grid_of_positions,
     name_of,
-    predictor_shapes,
-    predictor_sizes,
     shape_differences,
     shapes_of,
+    tensor_sizes,
 )
 from ijepa_ds.method.encoder import NAMED_DIMENSIONS, Dimensions, VisionTransformer
 from ijepa_ds.method.positions import sine_cosine_positions
@@ -29,9 +27,9 @@ def encoder_weights() -> dict[str, torch.Tensor]:
 
 
 def encoder_differences(weights: dict[str, torch.Tensor]) -> list[str]:
-    sizes = encoder_sizes(weights)
+    sizes = tensor_sizes(weights)
     assert sizes is not None
-    return shape_differences(shapes_of(weights), encoder_shapes(sizes))
+    return shape_differences(shapes_of(weights), expected_shapes(sizes))
 
 
 @pytest.mark.parametrize("name", NAMED_DIMENSIONS)
@@ -39,9 +37,9 @@ def test_sizes_of_every_named_encoder(name) -> None:
     dimensions = NAMED_DIMENSIONS[name]
     with torch.device("meta"):
         weights = VisionTransformer((56, 28), 14, dimensions).state_dict()
-    sizes = encoder_sizes(weights)
+    sizes = tensor_sizes(weights)
     assert sizes == TensorSizes(dimensions.width, dimensions.depth, dimensions.hidden, 14)
-    assert shape_differences(shapes_of(weights), encoder_shapes(sizes)) == []
+    assert shape_differences(shapes_of(weights), expected_shapes(sizes)) == []
     heads = attention_heads(sizes.width, None, "x")
     assert name_of(Dimensions(sizes.width, sizes.depth, heads, sizes.hidden)) == name
     assert name_of(Dimensions(sizes.width, sizes.depth, heads, sizes.hidden + 1)) is None
@@ -49,9 +47,9 @@ def test_sizes_of_every_named_encoder(name) -> None:
 
 def test_sizes_of_a_predictor() -> None:
     weights = Predictor((8, 4), 32, width=16, depth=3, heads=2).state_dict()
-    assert predictor_sizes(weights) == TensorSizes(16, 3, 64, 32)
-    assert shape_differences(shapes_of(weights), predictor_shapes(TensorSizes(16, 3, 64, 32))) == []
-    assert predictor_sizes(encoder_weights()) is None and encoder_sizes(weights) is None
+    assert tensor_sizes(weights, predictor=True) == TensorSizes(16, 3, 64, 32)
+    assert shape_differences(shapes_of(weights), expected_shapes(TensorSizes(16, 3, 64, 32), predictor=True)) == []
+    assert tensor_sizes(encoder_weights(), predictor=True) is None and tensor_sizes(weights) is None
 
 
 def test_every_missing_extra_and_misshapen_tensor_is_named() -> None:
