@@ -38,7 +38,7 @@ class Stopped(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """The command line of ``python -m ijepa_ds demo``."""
     parser = argparse.ArgumentParser(prog="./run.sh demo", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--images", type=int, default=10000, help="training scenes to make")
+    parser.add_argument("--images", type=int, default=12000, help="training scenes to make")
     parser.add_argument("--validation-images", type=int, default=3000)
     parser.add_argument("--data", default="data/scenes", help="folder for the scenes")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="as for run.py")
