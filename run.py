@@ -1,4 +1,4 @@
-"""Pretrain: deepspeed run.py --config ds_configs/vith14.json [--set KEY=JSON ...]"""
+"""Pretrain: ``deepspeed run.py --config ds_configs/vith14.json [--set KEY=JSON ...]``."""
 
 from ijepa_ds.errors import run_command
 from ijepa_ds.train import main

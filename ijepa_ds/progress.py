@@ -36,7 +36,7 @@ class Progress:
         self.total, self.what, self.name, self.enabled = total, what, name, enabled
         self._clock, self._tty = clock, sys.stderr.isatty()
         self._began = clock()
-        self._shown = self._began if after is None else after._shown
+        self._shown: float = self._began if after is None else after._shown
         self._paused = 0.0
         self._written = False
 

@@ -64,8 +64,10 @@ def once(function: Callable) -> Callable:
 
 
 def write_beton(path: Path, *, num_images: int = NUM_IMAGES, size: int = 32, labels: bool = True) -> Path:
-    """Raw images of four classes (colours), with an integer ``label`` and a float ``depth``, in a process of its own:
-    ffcv's writer forks."""
+    """Raw images of four classes (colours), with an integer ``label`` and a float ``depth``.
+
+    In a process of its own: ffcv's writer forks.
+    """
     _run_forked(_write_beton, path, num_images, size, labels)
     return path
 

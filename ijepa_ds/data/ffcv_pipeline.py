@@ -105,7 +105,7 @@ class DecodeCrop(Operation):
                         mirror(images[position])
             return images[: len(batch_indices)], failed[: len(batch_indices)]
 
-        decode.is_parallel = True
+        decode.is_parallel = True  # type: ignore[attr-defined]  # FFCV looks for it
         return decode
 
 
@@ -147,7 +147,7 @@ class SampleMasks(Operation):
                 row[0] = draw_image(seed, step, sample, grid, sizes[:2], sizes[2:], limit, row[1 : 1 + room], targets)
             return rows[: len(batch_indices)]
 
-        sample_masks.is_parallel = True
+        sample_masks.is_parallel = True  # type: ignore[attr-defined]
         return sample_masks
 
 
@@ -216,7 +216,7 @@ class Pipeline:
     def __init__(self, dataset: Dataset, pipelines: dict[str, PipelineSpec], *, batch_size: int, num_workers: int):
         hide_finalizers_of_numba()
         self.batch_size = batch_size
-        self.num_workers = max(1, min(num_workers, numba.config.NUMBA_NUM_THREADS))
+        self.num_workers = max(1, min(num_workers, numba.get_num_threads()))
         reader = Reader(dataset.path)
         unused = {name: None for name in reader.handlers if name not in pipelines}
         with _torch_threads_kept():
