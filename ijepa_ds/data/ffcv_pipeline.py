@@ -216,7 +216,8 @@ class Pipeline:
     def __init__(self, dataset: Dataset, pipelines: dict[str, PipelineSpec], *, batch_size: int, num_workers: int):
         hide_finalizers_of_numba()
         self.batch_size = batch_size
-        self.num_workers = max(1, min(num_workers, numba.get_num_threads()))
+        most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+        self.num_workers = max(1, min(num_workers, most))
         reader = Reader(dataset.path)
         unused = {name: None for name in reader.handlers if name not in pipelines}
         with _torch_threads_kept():
