@@ -48,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+_LOWSHOT = ("split-list", "per-class", "draws", "finetune", "finetune-lr")  # options of that task alone
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All options."""
     parser = argparse.ArgumentParser(
@@ -67,19 +70,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_options_of_input(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is measured").add_argument
-    add(
-        "--checkpoint",
-        metavar="RUN|FILE",
-        required=True,
-        help="a run folder, a checkpoint, .safetensors, .pth.tar, transformers folder",
-    )
+    add("--checkpoint", metavar="RUN|FILE", required=True, help="a run, a checkpoint, or a file or folder of others")
     add("--config", metavar="FILE", help="the configuration of a file, where its tensors do not tell enough")
     add("--heads", metavar="N", type=int, help="attention heads of a file, where nothing tells them")
     add("--train", metavar="FILE.beton", help="labelled images to fit the probes on (default: the config's data.train)")
     add("--validation", metavar="FILE.beton", help="to measure on (default: the config's data.validation)")
-    add(
-        "--label", metavar="L", action="append", default=[], help="the label field, where there are several; repeatable"
-    )
+    add("--label", metavar="L", action="append", default=[], help="which label, of several; may be given again")
     add("--train-images", metavar="N", type=int, help="use at most so many, evenly spread")
     add("--validation-images", metavar="N", type=int, help="the same for those measured on")
     add("--image-size", metavar="N", type=int, help="pixels, where not the encoder's own: positions are computed anew")
@@ -89,14 +85,8 @@ def _add_options_of_input(parser: argparse.ArgumentParser) -> None:
 
 def _add_options_of_tasks(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("tasks").add_argument
-    add(
-        "--task",
-        metavar="T",
-        nargs="+",
-        choices=list(TASKS),
-        default=list(DEFAULT_TASKS),
-        help=f"one or several of {', '.join(TASKS)} (default: {' '.join(DEFAULT_TASKS)}); docs/evaluation.md has them",
-    )
+    tasks = f"one or several of {', '.join(TASKS)} (default: {' '.join(DEFAULT_TASKS)}); docs/evaluation.md has them"
+    add("--task", metavar="T", nargs="+", choices=list(TASKS), default=list(DEFAULT_TASKS), help=tasks)
     add("--cached", action="store_true", help="features extracted once, without augmentation: minutes, not hours")
     add("--preset", choices=list(PRESETS), help="transfer: whose recipe, which --task transfer needs")
     add("--bins", choices=("auto", "clevr", "equal"), default="auto", help="of a continuous label (default auto)")
@@ -105,14 +95,7 @@ def _add_options_of_tasks(parser: argparse.ArgumentParser) -> None:
     add("--lr", metavar="X", type=float, nargs="+", help="instead of the task's grid")
     add("--weight-decay", metavar="X", type=float, nargs="+", help="instead of the task's grid")
     add = parser.add_argument_group("--task lowshot").add_argument
-    add(
-        "--per-class",
-        metavar="N",
-        type=int,
-        nargs="+",
-        action="extend",
-        help="images a class, one or several numbers (default 13)",
-    )
+    add("--per-class", metavar="N", type=int, nargs="+", action="extend", help="images a class (default 13)")
     add("--draws", metavar="N", type=int, help="how often they are drawn, mean and deviation (default 3)")
     add("--split-list", metavar="FILE", help="instead: the labelled images' file names, one a line")
     add("--finetune", action="store_true", help="fine-tune the whole encoder, too")
@@ -120,49 +103,40 @@ def _add_options_of_tasks(parser: argparse.ArgumentParser) -> None:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuse numbers that make no sense.
-
-    Raises:
-        UserError: the first of them.
-    """
+    """Refuse numbers and combinations that make no sense: the first of them (:class:`UserError`)."""
     for name in ("train_images", "validation_images", "random_seeds", "micro_batch", "epochs", "batch", "draws"):
         number = getattr(options, name)
         if number is not None and number < 1:
             raise UserError(f"--{name.replace('_', '-')} = {number} must be at least 1; leave it out for the default")
-    for name, numbers in (("lr", options.lr), ("weight-decay", options.weight_decay)):
-        for number in numbers or []:
-            if not 0 <= number < math.inf:
-                raise UserError(f"--{name} = {number} must be a number of at least 0")
-    if "transfer" in options.task and options.preset is None:
-        raise UserError(f"--task transfer needs --preset: one of {', '.join(PRESETS)}, whose recipe is then used")
-    _check_low_shot(options)
-    if options.crop_share is not None and not 0 < options.crop_share <= 1:
-        raise UserError(f"--crop-share = {options.crop_share} must be above 0 and at most 1")
-
-
-def _check_low_shot(options: argparse.Namespace) -> None:
-    given = {
-        "--split-list": options.split_list is not None,
-        "--per-class": options.per_class is not None,
-        "--draws": options.draws is not None,
-        "--finetune": options.finetune,
-        "--finetune-lr": options.finetune_lr is not None,
+    for name, number in [
+        *(("lr", x) for x in options.lr or []),
+        *(("weight-decay", x) for x in options.weight_decay or []),
+    ]:
+        if not 0 <= number < math.inf:
+            raise UserError(f"--{name} = {number} must be a number of at least 0")
+    share, rate, listed = options.crop_share, options.finetune_lr, options.split_list
+    given = [name for name in _LOWSHOT if getattr(options, name.replace("-", "_")) not in (None, False)]
+    drawn = [name for name in ("per-class", "draws") if name in given]
+    refusals = {
+        f"--task transfer needs --preset: one of {', '.join(PRESETS)}, whose recipe is then used": (
+            "transfer" in options.task and options.preset is None
+        ),
+        f"--{(given or [''])[0]} is of --task lowshot: add that task, or leave the option out": (
+            given and "lowshot" not in options.task
+        ),
+        "--finetune-lr is of no use without --finetune: add it": rate is not None and not options.finetune,
+        f"--finetune-lr = {rate} must be a number above 0": rate is not None and not 0 < rate < math.inf,
+        f"--per-class = {min(options.per_class or [1])} must be at least 1": min(options.per_class or [1]) < 1,
+        f"--split-list names the labelled images, so --{(drawn or [''])[0]} has no meaning: leave one of them out": (
+            listed and drawn
+        ),
+        f"--split-list {listed} is not a file: give one image file name per line": listed
+        and not Path(listed).is_file(),
+        f"--crop-share = {share} must be above 0 and at most 1": share is not None and not 0 < share <= 1,
     }
-    unused = [name for name in given if given[name]]
-    if unused and "lowshot" not in options.task:
-        raise UserError(f"{unused[0]} is of --task lowshot: add that task, or leave the option out")
-    if options.finetune_lr is not None and not options.finetune:
-        raise UserError("--finetune-lr is of no use without --finetune: add it")
-    if options.finetune_lr is not None and not 0 < options.finetune_lr < math.inf:
-        raise UserError(f"--finetune-lr = {options.finetune_lr} must be a number above 0")
-    for number in options.per_class or []:
-        if number < 1:
-            raise UserError(f"--per-class = {number} must be at least 1")
-    for name in ("--per-class", "--draws"):
-        if options.split_list is not None and given[name]:
-            raise UserError(f"--split-list names the labelled images, so {name} has no meaning: leave one of them out")
-    if options.split_list is not None and not Path(options.split_list).is_file():
-        raise UserError(f"--split-list {options.split_list} is not a file: give one image file name per line")
+    for sentence, wrong in refusals.items():
+        if wrong:
+            raise UserError(sentence)
 
 
 def data_paths(options: argparse.Namespace, config: Config) -> tuple[str, str]:
