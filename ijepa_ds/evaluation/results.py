@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -17,15 +17,11 @@ from typing_extensions import TypedDict
 from ijepa_ds.errors import UserError
 from ijepa_ds.files import replacing
 
+if TYPE_CHECKING:
+    from ijepa_ds.evaluation.candidates import Name
+
 Head = dict[str, Any]  # its "features", what else it was trained with, and the "value" that it reached
 NOT_OF_THE_HEAD = ("features", "value", "deviation", "values")  # the last two: where "value" is a mean over draws
-
-
-class Candidate(Protocol):
-    """Whose features were measured; several may be called "random", one "trained" and one "pixels"."""
-
-    @property
-    def name(self) -> str: ...
 
 
 class Baseline(TypedDict, total=False):
@@ -37,7 +33,9 @@ class Baseline(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Measured:
+class Measurement:
+    """One task on one label for one candidate, with every head tried."""
+
     task: str
     label: str
     metric: str = "accuracy"
@@ -52,18 +50,8 @@ class _Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement(_Measured):
-    """One task on one label for one candidate, with every head tried.
-
-    Of the baselines' ``extra`` the result keeps only what ``compared`` names.
-    """
-
-    compared: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskResult(_Measured):
-    """One task on one label: the trained encoder's measurement and its best head, beside the baselines."""
+class TaskResult(Measurement):
+    """The trained encoder's measurement and its best head, beside the baselines."""
 
     value: float
     best_head: Head
@@ -110,25 +98,24 @@ def read_results(path: str | Path) -> Results:
     raise UserError(f"{path} is not the results of an evaluation ({reason}); make it with: python -m ijepa_ds evaluate")
 
 
-def combine(measured: Sequence[tuple[Candidate, list[Measurement]]]) -> list[TaskResult]:
+def combine(measured: Sequence[tuple[Name, list[Measurement]]]) -> list[TaskResult]:
     """The results of all tasks that were measured for the trained encoder and for both baselines."""
+    by_name: dict[str, list[Measurement]] = {"trained": [], "random": [], "pixels": []}
+    for candidate, measurements in measured:
+        by_name[candidate.name] += measurements
     results = []
-    by_name = [(candidate.name, measurement) for candidate, measurements in measured for measurement in measurements]
-    for trained in [measurement for name, measurement in by_name if name == "trained"]:
-        key = trained.task, trained.label
-        baselines: dict[str, Any] = {}
-        for baseline in ("random", "pixels"):
-            seeds = [seed for name, seed in by_name if name == baseline and (seed.task, seed.label) == key]
-            assert seeds, f"{key} has no baseline '{baseline}'"
-            baselines[baseline] = {
-                "values": [best_of(seed.grid)["value"] for seed in seeds],
-                "grids": [seed.grid for seed in seeds],
-                **{item: [seed.extra[item] for seed in seeds] for item in trained.compared},
-            }
+    for trained in by_name["trained"]:
+        key, baselines = (trained.task, trained.label), dict[str, Baseline]()
+        for name in ("random", "pixels"):
+            seeds = [seed for seed in by_name[name] if (seed.task, seed.label) == key]
+            assert seeds, f"{key} has no baseline '{name}'"
+            grids = [seed.grid for seed in seeds]
+            baselines[name] = {"values": [best_of(grid)["value"] for grid in grids], "grids": grids}
+            if "mean_absolute_error" in trained.extra:
+                baselines[name]["mean_absolute_error"] = [seed.extra["mean_absolute_error"] for seed in seeds]
         best = best_of(trained.grid)
-        head = {name: value for name, value in best.items() if name not in ("value", "values")}
-        shared = {shared.name: getattr(trained, shared.name) for shared in dataclasses.fields(_Measured)}
-        results.append(TaskResult(**shared, value=best["value"], best_head=head, baselines=baselines))
+        head = {key: value for key, value in best.items() if key not in ("value", "values")}
+        results.append(TaskResult(**vars(trained), value=best["value"], best_head=head, baselines=baselines))
     return results
 
 
@@ -137,8 +124,8 @@ def best_of(grid: list[Head], features: str | None = None) -> Head:
     return max((head for head in grid if features in (None, head["features"])), key=lambda head: head["value"])
 
 
-def random_values(result: TaskResult, features: str | None = None) -> list[float]:
-    """The best value of each random encoder, among the heads on ``features`` if given."""
+def random_values(result: TaskResult, features: str) -> list[float]:
+    """The best value of each random encoder, among the heads on ``features``."""
     return [best_of(grid, features)["value"] for grid in result.baselines["random"]["grids"]]
 
 
@@ -149,7 +136,7 @@ def margin(value: float, random: list[float]) -> tuple[float, float | None]:
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
-    """The mean of one or several values, and their standard deviation where there are several."""
+    """The mean of values, and their standard deviation where there are several."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -162,15 +149,15 @@ def format_table(tasks: list[TaskResult]) -> str:
     for result in tasks:
         for features in dict.fromkeys(head["features"] for head in result.grid):
             best, random = best_of(result.grid, features), random_values(result, features)
-            mark = "*" if features == result.best_head["features"] else " "
             points, deviations = margin(best["value"], random)
-            row = [result.label, result.task, features + mark]
-            row.append(f"{format_value(best['value'], best.get('deviation'))} {result.unit}")
-            row.append(f"{format_value(*mean_and_deviation(random))} {result.unit}")
-            row.append(f"{max(result.baselines['pixels']['values']):.2f} {result.unit}")
-            row.append(f"{points:+.1f} points" + (f" = {deviations:+.1f} sd" if deviations is not None else ""))
-            row.append(" ".join(f"{key} {_short(best[key])}" for key in best if key not in NOT_OF_THE_HEAD))
-            rows.append(row)
+            pixels = max(result.baselines["pixels"]["values"])
+            numbers = (best["value"], best.get("deviation")), mean_and_deviation(random), (pixels, None)
+            head = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in best.items()}
+            mark = "*" if features == result.best_head["features"] else " "
+            rows.append([result.label, result.task, features + mark])
+            rows[-1] += [f"{format_value(*number)} {result.unit}" for number in numbers]
+            rows[-1].append(f"{points:+.1f} points" + (f" = {deviations:+.1f} sd" if deviations is not None else ""))
+            rows[-1].append(" ".join(f"{key} {head[key]}" for key in head if key not in NOT_OF_THE_HEAD))
     notes = ["", "* is reported; each number is the best of its own heads"]
     if any(len(result.baselines["random"]["values"]) > 1 for result in tasks):
         notes.append("random: mean ± deviation over the random encoders, sd in the margin is that deviation")
@@ -189,7 +176,3 @@ def aligned(rows: list[list[str]], numbers: range) -> list[str]:
 def format_value(value: float, deviation: float | None) -> str:
     """``71.20 ± 0.35``, or ``71.20`` of a single one."""
     return f"{value:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import pytest
 import torch
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.labels import Classes, confusion_matrix
+from ijepa_ds.evaluation.candidates import Name
+from ijepa_ds.evaluation.labels import Classes
 from ijepa_ds.evaluation.results import (
     Measurement,
     Results,
@@ -28,11 +28,6 @@ from ijepa_ds.evaluation.results import (
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
-@dataclass(frozen=True)
-class Candidate:
-    name: str
-
-
 def measurement(*values: float, error: float = 1.0, names: tuple[str, ...] = ("last", "last4")) -> Measurement:
     grid = [{"features": name, "lr": 0.1, "value": value} for name, value in zip(names, values, strict=True)]
     extra = {"mean_absolute_error": error, "batch": 5}
@@ -44,16 +39,15 @@ def measurement(*values: float, error: float = 1.0, names: tuple[str, ...] = ("l
         validation_images=5,
         seconds=1.5,
         extra=extra,
-        compared=("mean_absolute_error",),
     )
 
 
-def everything() -> list[tuple[Candidate, list[Measurement]]]:
+def everything() -> list[tuple[Name, list[Measurement]]]:
     return [
-        (Candidate("trained"), [measurement(50.0, 60.0)]),
-        (Candidate("random"), [measurement(30.0, 40.0, error=2.0)]),
-        (Candidate("random"), [measurement(34.0, 36.0, error=3.0)]),
-        (Candidate("pixels"), [measurement(20.0, names=("pixels",))]),
+        (Name("trained", 0), [measurement(50.0, 60.0)]),
+        (Name("random", 0), [measurement(30.0, 40.0, error=2.0)]),
+        (Name("random", 1), [measurement(34.0, 36.0, error=3.0)]),
+        (Name("pixels", 0), [measurement(20.0, names=("pixels",))]),
     ]
 
 
@@ -165,6 +159,6 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_confusion_counts_images_by_true_class_then_prediction() -> None:
     classes = Classes(torch.tensor([0, 1]), torch.tensor([0, 0, 1, 1, 1]), ["a", "b"])
-    assert confusion_matrix(classes, torch.tensor([0, 1, 1, 1, 0])) == [[1, 1], [1, 2]]
+    assert classes.confusion(torch.tensor([0, 1, 1, 1, 0])) == [[1, 1], [1, 2]]
     many = Classes(classes.train, classes.validation, [str(k) for k in range(101)])
-    assert confusion_matrix(many, classes.validation) is None
+    assert many.confusion(classes.validation) is None

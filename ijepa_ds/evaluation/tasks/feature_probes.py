@@ -65,7 +65,6 @@ def logistic(setting: Setting, candidate: Candidate, fields: list[str] | None = 
                 began,
                 classes[field],
                 extra=regressed(setting, candidate, field, train, validation) if continuous else {},
-                compared=("mean_absolute_error",) if continuous else (),
                 confusion=classes[field].confusion(predictions[field][grid.index(best_of(grid))]),
             )
         )

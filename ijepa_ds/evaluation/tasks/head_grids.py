@@ -98,7 +98,6 @@ def head_grid(
         began,
         classes,
         extra=extra,
-        compared=("mean_absolute_error",) if regression else (),
         confusion=classes.confusion(trained.predictions[:, trained.grid.index(best_of(trained.grid))]),
     )
     return [replace(measurement, images_per_second=trained.images_per_second) if augmented else measurement]
