@@ -116,7 +116,7 @@ def check_options(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} = {number} must be a number of at least 0")
     share, rate, listed = options.crop_share, options.finetune_lr, options.split_list
     given = [name for name in _LOWSHOT if getattr(options, name.replace("-", "_")) not in (None, False)]
-    drawn = [name for name in ("per-class", "draws") if name in given]
+    drawn = [name for name in given if name in ("per-class", "draws")]
     refusals = {
         f"--task transfer needs --preset: one of {', '.join(PRESETS)}, whose recipe is then used": (
             "transfer" in options.task and options.preset is None

@@ -96,7 +96,7 @@ def binned(field: str, train: Tensor, validation: Tensor, *, edges: Tensor | Non
             f"the {len(train)} training images have {len(train.unique())} different values of '{field}', which do not "
             f"fill {NUM_BINS} bins: raise --train-images, or choose another --label"
         )
-    return Classes(*bins, names)
+    return Classes(bins[0], bins[1], names)
 
 
 def bin_edges(values: Tensor) -> Tensor:

@@ -113,9 +113,8 @@ def attentive_probe(
         UserError: every head diverged.
     """
     attention_heads = width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else 1
-    heads = nn.ModuleList(
-        AttentiveHead(width, num_classes, attention_heads, generator=torch.Generator().manual_seed(seed)) for _ in grid
-    ).to(process.device)
+    seeds = [torch.Generator().manual_seed(seed) for _ in grid]
+    heads = [AttentiveHead(width, num_classes, attention_heads, generator=s).to(process.device) for s in seeds]
 
     def logits(tokens: Tensor) -> Tensor:
         return attend(heads, tokens)

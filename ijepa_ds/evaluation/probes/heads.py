@@ -154,7 +154,8 @@ class HeadGrid:
         Returns:
             The loss of each head before the step, [H], in the order of :attr:`order`.
         """
-        normed = self._batch_norm and self._batch_norm.normalise_batch(rows, total=total, process=self.process)
+        norm = self._batch_norm
+        normed = norm.normalise_batch(rows, total=total, process=self.process) if norm else None
         losses = []
         for stack in self.stacks:
             folded, loss = stack.gradients(self._columns(stack, rows, normed), labels, total=total)
@@ -171,14 +172,15 @@ class HeadGrid:
         predictions = []
         for rows in batches:
             rows = rows.to(self.process.device)
-            normed = self._batch_norm and self._batch_norm.normalise(rows)
+            normed = self._batch_norm.normalise(rows) if self._batch_norm else None
             parts = [stack.predict(self._columns(stack, rows, normed)) for stack in self.stacks]
             predictions.append(torch.cat(parts, dim=1).cpu())
         return torch.cat(predictions)
 
     def _columns(self, stack: HeadStack, rows: Tensor, normed: Tensor | None) -> Tensor:
         """What a stack sees of the rows, as they are or normalised."""
-        return (normed if stack.normed else rows)[:, self.views[stack.heads[0].features]]
+        seen = normed if stack.normed and normed is not None else rows
+        return seen[:, self.views[stack.heads[0].features]]
 
     @property
     def order(self) -> list[Head]:

@@ -8,6 +8,7 @@ Shapes: n rows (one an image), D features, C classes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -62,19 +63,19 @@ def logistic_regression(
     """
     # Cloned: what was made in inference mode could not be kept for the backward pass.
     train, labels = replace(train, rows=train.rows.clone()), labels.clone()
-    shared = {"num_classes": num_classes, "tick": tick}
+    fitted = functools.partial(_fit, num_classes=num_classes, tick=tick)
     fits: list[Fit | None] = [None] * len(held_out)
     best, best_loss, start = FIXED_STRENGTH, math.inf, None
     for l2 in strengths if held_out else ():
         loss = 0.0
         for k, part in enumerate(held_out):
-            fits[k] = fit = _fit(replace(train, rows=train.rows[~part]), labels[~part], l2, fits[k], **shared)
+            fits[k] = fit = fitted(replace(train, rows=train.rows[~part]), labels[~part], l2, fits[k])
             # Not the accuracy: on few images it picks among strengths by luck.
             loss += float(F.cross_entropy(fit.logits(train.rows[part]), labels[part], reduction="sum"))
         if loss >= best_loss:
             break
         best, best_loss, start = l2, loss, fits[0]
-    return _fit(train, labels, best, start, **shared)
+    return fitted(train, labels, best, start)
 
 
 def _fit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 from ijepa_ds.evaluation.candidates import Candidate
 from ijepa_ds.evaluation.inputs import CachedInputs, Inputs
@@ -73,7 +74,7 @@ def head_grid(
     else:
         train = setting.features(candidate, "train", share=share)
         mirrored = None if cached else setting.features(candidate, "train", share=share, mirrored=True)
-        shared = {"batch": recipe.batch, "seed": setting.seed, "process": setting.process}
+        shared: dict[str, Any] = {"batch": recipe.batch, "seed": setting.seed, "process": setting.process}
         inputs = CachedInputs(train, classes.train, mirrored, **shared)
     trained = train_heads(
         inputs,

@@ -149,6 +149,7 @@ def _fine_tune(
     setting: Setting, candidate: Candidate, classes: Classes, draw: np.ndarray, *, seed: int, name: str
 ) -> Tensor:
     """Train the whole encoder, from its weights in float32, on augmented images of one draw; predictions [m]."""
+    assert candidate.build is not None  # raw pixels have nothing to train
     prepare, recipe, data = setting.normalize(), _recipe(setting), setting.data
     labels = classes.train[torch.from_numpy(draw)]
     inputs = setting.augmented(labels, prepare, batch=_batch(setting, len(draw)), positions=draw, seed=seed)
