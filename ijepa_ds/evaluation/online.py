@@ -8,6 +8,7 @@ Shapes: n training, m validation images, B of a batch, N patches, D encoder widt
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,11 @@ class OnlineProbe:
         """
         if not self._loaders:  # compiling them takes seconds
             data = self.config.ijepa.data
-            shared = {"image_size": data.image_size, "batch_size": MICRO_BATCH, "num_workers": data.workers}
+            shared: dict[str, Any] = {
+                "image_size": data.image_size,
+                "batch_size": MICRO_BATCH,
+                "num_workers": data.workers,
+            }
             self._loaders = [ImageLoader(dataset, **shared) for dataset in self._datasets]
 
         def pooled(images: Tensor) -> Tensor:
