@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.candidates import PIXELS, Encoder, small_pixels
+from ijepa_ds.evaluation.candidates import PIXELS, Candidate, small_pixels
 from ijepa_ds.evaluation.data import LabelledData
 
 PROCESS = Process(0, 1, torch.device("cpu"))
@@ -31,8 +32,8 @@ def note(path: Path, **content) -> None:
     Path(f"{path}.json").write_text(json.dumps(content))
 
 
-def pixels() -> Encoder:
-    return Encoder("pixels", 0, 3 * PIXELS**2, {"pixels": slice(None)}, small_pixels)
+def pixels() -> Candidate:
+    return Candidate("pixels", 0, {"pixels": slice(None)}, small_pixels)
 
 
 def test_labels_and_features_are_of_the_same_samples(make_beton, tmp_path):
@@ -43,15 +44,25 @@ def test_labels_and_features_are_of_the_same_samples(make_beton, tmp_path):
     train, validation = some.labels("label")
     assert train.tolist() == [0, 0, 0, 0] and validation.tolist() == labels["label"]  # samples 0, 3, 6, 9
     assert some.labels("distance")[0].tolist() == [0.0, 0.75, 1.5, 2.25]
-    encoder = pixels()
-    all_rows = whole.features(encoder, "train", crop_share=1.0)
-    assert torch.equal(some.features(encoder, "train", crop_share=1.0), all_rows[::3])
-    mirrored = whole.features(encoder, "train", crop_share=1.0, mirrored=True).view(12, 3, PIXELS, PIXELS)
+    candidate = pixels()
+    all_rows = whole.features(candidate, "train", crop_share=1.0)
+    assert torch.equal(some.features(candidate, "train", crop_share=1.0), all_rows[::3])
+    mirrored = whole.features(candidate, "train", crop_share=1.0, mirrored=True).view(12, 3, PIXELS, PIXELS)
     torch.testing.assert_close(mirrored, all_rows.view(12, 3, PIXELS, PIXELS).flip(3))
-    assert whole.features(encoder, "train", crop_share=1.0) is all_rows  # made once
-    assert whole.features(pixels(), "train", crop_share=1.0) is not all_rows  # of another encoder: anew
+    assert whole.features(candidate, "train", crop_share=1.0) is all_rows  # made once
+    assert whole.features(pixels(), "train", crop_share=1.0) is not all_rows  # of another candidate: anew
+    positions = np.array([1, 7])
+    assert torch.equal(whole.features(candidate, "train", crop_share=1.0, positions=positions), all_rows[positions])
+    anew = some.features(pixels(), "validation", crop_share=1.0, positions=positions)
+    assert torch.equal(anew, all_rows[positions])
     with pytest.raises(UserError, match=r"no label field 'size' in common \(they have: label, distance\)"):
         whole.labels("size")
+
+
+def test_labels_that_are_no_numbers_are_refused(make_beton, tmp_path):
+    path = make_beton(tmp_path / "a.beton", 4, (16, 16), {"depth": [0.0, float("nan"), 2.0, float("inf")]})
+    with pytest.raises(UserError, match=r"'depth' is no number for 2 of 4 images of .*a\.beton: convert anew"):
+        open_data(path, path).labels("depth")
 
 
 def test_the_central_crop_leaves_images_whole_that_are_no_larger_than_the_input(make_beton, tmp_path):
