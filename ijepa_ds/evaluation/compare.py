@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.results import Results, TaskResult, aligned, format_value, read_results
+from ijepa_ds.evaluation.results import Results, aligned, format_value, read_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from ijepa_ds.evaluation.plots import Bars
 
 # I-JEPA (arXiv 2301.08243), tables 1 to 4 and appendix: (task, data) -> model -> percent. Linear and low-shot are
 # ImageNet-1k, low-shot with 1 % of its labels.
@@ -44,12 +42,6 @@ class Cell:
     pixels: float | None
     train_images: int
     validation_images: int
-
-    def texts(self) -> list[str]:
-        """Its columns of the table: value, random encoders, pixels, and what was gained over random."""
-        random, pixels = format_value(self.random, self.random_deviation), self.pixels
-        gain = f"{self.value - self.random:+.2f}"
-        return [f"{self.value:.2f}", random, "-" if pixels is None else f"{pixels:.2f}", gain]
 
 
 @dataclass(frozen=True)
@@ -120,7 +112,8 @@ def compare(runs: Sequence[Results], *, names: Sequence[str]) -> Comparison:
             if random is None:  # a result means nothing without its baselines
                 warnings.append(f"{name} has no random encoders beside {task.task} {task.label}: left out")
                 continue
-            data = _transfer_data(run, task)
+            plain = f"{run.options.get('preset')} {_data(run)}".lower().replace("-", "").replace("_", "")
+            data = next((data for of, data in PAPER if of == task.task and data and data in plain), None)
             label = f"{task.label} ({data})" if data else task.label
             paper = PAPER.get((task.task, data), {}) if task.metric == "accuracy" else {}
             row = Row(task.task, label, task.metric, task.unit, [None] * len(runs), paper)
@@ -131,8 +124,8 @@ def compare(runs: Sequence[Results], *, names: Sequence[str]) -> Comparison:
         for what in ("train_images", "validation_images"):
             numbers = sorted({getattr(cell, what) for cell in row.cells if cell})
             if len(numbers) > 1:
-                differ = ", ".join(f"{number:,}" for number in numbers)
-                warnings.append(f"{row.task} {row.label}: {what.replace('_', ' ')} differ ({differ})")
+                texts = ", ".join(f"{number:,}" for number in numbers)
+                warnings.append(f"{row.task} {row.label}: {what.replace('_', ' ')} differ ({texts})")
     return Comparison(list(names), list(rows.values()), warnings)
 
 
@@ -142,24 +135,22 @@ def _data(run: Results) -> str:
     return " + ".join(str(run.options.get(key) or data.get(key)) for key in ("train", "validation"))
 
 
-def _transfer_data(run: Results, task: TaskResult) -> str | None:
-    """The paper's data that a transfer was measured on, by the preset or a file's name."""
-    plain = f"{run.options.get('preset')} {_data(run)}".lower().replace("-", "").replace("_", "")
-    return next((data for of, data in PAPER if of == task.task and data is not None and data in plain), None)
-
-
 def format_comparison(comparison: Comparison, *, paper: bool) -> str:
     """One line a row; of each run its value, random encoders (mean ± deviation), raw pixels and what it gained."""
     letters = [letter(index) for index in range(len(comparison.names))]
     models = [model for model in PAPER["linear", None] if paper and any(model in row.paper for row in comparison.rows)]
-    lines = [["task", "label", "metric"]]
-    for run in letters:
-        lines[0] += [run, f"{run} random", f"{run} pixels", f"{run} - random"]
-    lines[0] += [f"{run} - A" for run in letters[1:]] + [f"paper {model}" for model in models]
+    columns = (column for run in letters for column in (run, f"{run} random", f"{run} pixels", f"{run} - random"))
+    differences = (f"{run} - A" for run in letters[1:])
+    lines = [["task", "label", "metric", *columns, *differences, *(f"paper {model}" for model in models)]]
     for row in comparison.rows:
         line, first = [row.task, row.label, f"{row.metric} {row.unit}".strip()], row.cells[0]
         for cell in row.cells:
-            line += cell.texts() if cell else ["-"] * 4
+            if cell is None:
+                line += ["-"] * 4
+                continue
+            pixels = "-" if cell.pixels is None else f"{cell.pixels:.2f}"
+            random = format_value(cell.random, cell.random_deviation)
+            line += [f"{cell.value:.2f}", random, pixels, f"{cell.value - cell.random:+.2f}"]
         line += [f"{cell.value - first.value:+.2f}" if first and cell else "-" for cell in row.cells[1:]]
         lines.append(line + [f"{row.paper[model]:.1f}" if model in row.paper else "-" for model in models])
     names = [f"{run}: {name}" for run, name in zip(letters, comparison.names, strict=True)]
@@ -174,16 +165,13 @@ def letter(index: int) -> str:
 
 def comparison_figure(comparison: Comparison, *, paper: bool) -> Figure:
     """Bars of every run, the random encoders of the first one, and the paper's best where asked for."""
-    from ijepa_ds.evaluation.plots import RANDOM, bar_figure, title_of
+    from ijepa_ds.evaluation.plots import RANDOM, bar_figure
 
-    rows = comparison.rows
-    bars: Bars = {}
+    rows, bars = comparison.rows, dict[str, list[float | None]]()
     for index, name in enumerate(comparison.names):
         bars[f"{letter(index)}: {name}"] = [cell.value if (cell := row.cells[index]) else None for row in rows]
     first = [next(cell for cell in row.cells if cell) for row in rows]
     bars[RANDOM] = [cell.random for cell in first]
     if paper and any(row.paper for row in rows):
         bars["paper, ViT-H/14"] = [row.paper.get("H/14") for row in rows]
-    names, units = [title_of(row.task, row.label) for row in rows], sorted({row.unit for row in rows})
-    deviations = [cell.random_deviation or 0.0 for cell in first]
-    return bar_figure(names, bars, deviations, unit=", ".join(units), title="Evaluations side by side")
+    return bar_figure(rows, bars, [cell.random_deviation for cell in first], title="Evaluations side by side")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from ijepa_ds.evaluation.results import Results
 from ijepa_ds.evaluation.setting import Setting, any_classes
 
 if TYPE_CHECKING:
-    from ijepa_ds.evaluation.plots import Neighbours
+    from ijepa_ds.evaluation.plots import Labelled
 
 
 def illustrate(results: Results, folder: Path, setting: Setting, *, step: int) -> list[Path]:
@@ -24,52 +23,42 @@ def illustrate(results: Results, folder: Path, setting: Setting, *, step: int) -
     """
     pictures: list[Path] = []
     try:
+        from PIL import Image
+        from torch.utils.tensorboard import SummaryWriter
+
         from ijepa_ds.evaluation.plots import draw_results  # a second to import
 
         pictures = draw_results(results, folder / "pictures", neighbours=_neighbours(results, setting))
         if pictures:
             print(f"pictures in {folder / 'pictures'}: {', '.join(path.name for path in pictures)}", flush=True)
-            _log_pictures(pictures, folder / "tensorboard" / "trained", step)
+            with SummaryWriter(str(folder / "tensorboard" / "trained")) as writer:
+                for path in pictures:
+                    pixels = np.asarray(Image.open(path).convert("RGB"))
+                    writer.add_image(f"evaluation/{path.stem}", pixels, step, dataformats="HWC")
     except Exception as error:  # results.json is there: whatever this is, the evaluation has succeeded
         print(f"warning: pictures are missing: {error!r}", flush=True)
     return pictures
 
 
-def _neighbours(results: Results, setting: Setting) -> Neighbours | None:
-    """The nearest training images of a few queries, as kNN measured them, with their classes; None without a kNN."""
-    from ijepa_ds.evaluation.plots import SHOWN_NEIGHBOURS, Neighbours
-
+def _neighbours(results: Results, setting: Setting) -> list[list[Labelled]] | None:
+    """A few queries, each with its nearest training images, as kNN measured them; None without a kNN."""
     data, tasks = setting.data, [task for task in results.tasks if task.task == "knn"]
     if not tasks:
         return None
     # They depend on the features alone; classes say more than the bins of a continuous label.
     task = min(tasks, key=lambda task: task.label not in data.integer_fields)
     classes = any_classes(setting, task.label)
-    # Of few images the same query may have been taken twice.
-    nearest = {row["query"]: row["train"][:SHOWN_NEIGHBOURS] for row in task.extra["neighbours"]}
-    queries = np.array(sorted(nearest))  # [Q]
-    near = np.array([nearest[query] for query in queries])  # [Q, K]
 
-    def images_and_names(split: str, labels: torch.Tensor, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        batches = data.images(split, samples, crop_share=setting.share())
+    def labelled(split: str, labels: Tensor, samples: list[int]) -> list[Labelled]:
+        batches = data.images(split, np.array(samples), crop_share=setting.share())
+        images = [image.numpy().copy() for batch in batches for image in batch]
         names = [classes.names[int(labels[place])] for place in np.searchsorted(data.samples[split], samples)]
-        return torch.cat([images.cpu().clone() for images in batches]).numpy(), np.array(names, object)
+        return list(zip(images, names, strict=True))
 
-    images, names = images_and_names("validation", classes.validation, queries)
-    near_images, near_names = images_and_names("train", classes.train, near.reshape(-1))
-    near_images = near_images.reshape(*near.shape, *images.shape[1:])
-    return Neighbours(images, names.tolist(), near_images, near_names.reshape(near.shape).tolist())
-
-
-def _log_pictures(paths: list[Path], folder: Path, step: int) -> None:
-    from PIL import Image
-    from torch.utils.tensorboard import SummaryWriter
-
-    with contextlib.closing(SummaryWriter(str(folder))) as writer:
-        for path in paths:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-            writer.add_image(f"evaluation/{path.stem}", pixels, step, dataformats="HWC")
+    nearest = {row["query"]: row["train"] for row in task.extra["neighbours"]}  # of few images a query may come twice
+    queries = labelled("validation", classes.validation, sorted(nearest))
+    rows = zip(queries, sorted(nearest), strict=True)
+    return [[query, *labelled("train", classes.train, nearest[sample])] for query, sample in rows]
 
 
 def log_scalars(folder: Path, step: int, results: Results) -> None:
@@ -77,7 +66,7 @@ def log_scalars(folder: Path, step: int, results: Results) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     for name in ("trained", "random", "pixels"):
-        with contextlib.closing(SummaryWriter(str(folder / "tensorboard" / name))) as writer:
+        with SummaryWriter(str(folder / "tensorboard" / name)) as writer:
             for task in results.tasks:
                 tag = f"evaluation/{task.task}/{task.label}"
                 writer.add_scalar(tag, task.value if name == "trained" else task.baseline(name)[0], step)

@@ -8,7 +8,6 @@ Shapes: n training, m validation images, B of a batch, N patches, D encoder widt
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,22 +28,20 @@ class OnlineProbe:
     """Every ``monitor.knn_epochs``: fitted on some training images, measured on ``data.validation``."""
 
     def __init__(self, config: Config, process: Process, say: Callable[[str], None] = print) -> None:
-        self.config, self.process, self.say = config, process, say
+        self.config, self.process, self.say = config.ijepa, process, say
         self._loaders: list[ImageLoader] = []
         self._said: set[str] = set()
         data, monitor = config.ijepa.data, config.ijepa.monitor
         self.fields: list[str] = []
         if monitor.knn_epochs and data.validation:
-            self._datasets = [inspect_dataset(path) for path in (data.train, data.validation)]
+            self._datasets = train, validation = inspect_dataset(data.train), inspect_dataset(data.validation)
             limits = monitor.knn_train_images, monitor.knn_validation_images
-            numbers = [dataset.num_samples for dataset in self._datasets]
-            self._samples = list(map(spread_samples, numbers, limits))
-            train, validation = map(integer_label_fields, self._datasets)
-            self.fields = [name for name in train if name in validation]
+            self._samples = list(map(spread_samples, (train.num_samples, validation.num_samples), limits))
+            self.fields = [name for name in integer_label_fields(train) if name in integer_label_fields(validation)]
 
     def due(self, step: int, steps_per_epoch: int, last: bool) -> bool:
         """Whether an accuracy is due after ``step`` steps; before the first one the encoder is random: the baseline."""
-        every = max(1, round(self.config.ijepa.monitor.knn_epochs * steps_per_epoch))
+        every = max(1, round(self.config.monitor.knn_epochs * steps_per_epoch))
         return bool(self.fields) and (step % every == 0 or step == 1 or last)
 
     def accuracy(self, features: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -54,31 +51,25 @@ class OnlineProbe:
         together. What cannot be measured is said once and left out: a run goes on without it.
         """
         if not self._loaders:  # compiling them takes seconds
-            data = self.config.ijepa.data
-            shared: dict[str, Any] = {
-                "image_size": data.image_size,
-                "batch_size": MICRO_BATCH,
-                "num_workers": data.workers,
-            }
-            self._loaders = [ImageLoader(dataset, **shared) for dataset in self._datasets]
+            size, workers = self.config.data.image_size, self.config.data.workers
+            self._loaders = [
+                ImageLoader(dataset, image_size=size, batch_size=MICRO_BATCH, num_workers=workers)
+                for dataset in self._datasets
+            ]
 
         def pooled(images: Tensor) -> Tensor:
             return features(images).float().mean(1)
 
-        accuracies: dict[str, float] = {}
+        pairs = zip(self._loaders, self._samples, strict=True)
         try:
-            rows = [
-                extract_features(pooled, loader, samples, self.process)
-                for loader, samples in zip(self._loaders, self._samples, strict=True)
-            ]
+            rows = [extract_features(pooled, loader, samples, self.process) for loader, samples in pairs]
         except BrokenFeaturesError as error:
             self._say_once(f"the online probe is left out: {error}")
-            return accuracies
+            return {}
+        accuracies: dict[str, float] = {}
         for field in self.fields if self.process.is_main else ():
-            labels = [
-                torch.from_numpy(read_labels(dataset, field)[samples])
-                for dataset, samples in zip(self._datasets, self._samples, strict=True)
-            ]
+            labels = [torch.from_numpy(read_labels(dataset, field)) for dataset in self._datasets]
+            labels = [values[samples] for values, samples in zip(labels, self._samples, strict=True)]
             accuracies |= probe(rows, labels, field, self._say_once)
         return accuracies
 
@@ -93,11 +84,9 @@ def probe(rows: list[Tensor], labels: list[Tensor], field: str, say: Callable[[s
     classes, train_labels = torch.unique(labels[0], return_inverse=True)
     known = torch.isin(labels[1], classes)
     if not known.all():
-        missing = sorted(set(labels[1][~known].tolist()))
-        say(
-            f"the online probe counts images of {field} {some(missing)} as errors: no training image in use has it; "
-            "raise ijepa.monitor.knn_train_images"
-        )
+        missing = f"{field} {some(sorted(set(labels[1][~known].tolist())))}"
+        cure = "no training image in use has it; raise ijepa.monitor.knn_train_images"
+        say(f"the online probe counts images of {missing} as errors: {cure}")
     if len(classes) < 2:
         return {}
     (k,) = usable([NEIGHBOURS], len(rows[0]), say)

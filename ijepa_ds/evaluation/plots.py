@@ -1,51 +1,41 @@
 """Pictures of an evaluation (PNG): grid of heads, confusion, predicted against true, neighbours, baselines.
 
-Shapes: C classes, Q queries, K neighbours of each.
+Shapes: H x W pixels, C classes.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.results import Head, Results, TaskResult
+from ijepa_ds.evaluation.results import Results, TaskResult
+
+if TYPE_CHECKING:
+    from ijepa_ds.evaluation.compare import Row
 
 # Okabe and Ito's colours, distinct for colour-blind readers too; cividis is even for them as well.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 BLUE, RED = PALETTE[0], PALETTE[-1]
 GREY, LIGHT_GREY = "#8C8C8C", "#DDDDDD"
 RANDOM = "random encoder"  # the bar that has deviations
-COLOUR_MAP = "cividis"
-DPI = 150
 MAX_ANNOTATED = 20  # classes of a confusion matrix whose cells are written out
 SHOWN_NEIGHBOURS = 5
-Bars = dict[str, list[float | None]]  # legend -> the height of its bar in each group, None where there is none
 MAX_INCHES = 40.0  # of any side
+Labelled = tuple[np.ndarray, str]  # an image, uint8 [H, W, 3], and its label as it should be written
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """A few queries and their nearest training images, nearest first; labels as they should be written."""
-
-    queries: np.ndarray  # uint8 [Q, H, W, 3]
-    query_labels: Sequence[str]  # [Q]
-    images: np.ndarray  # uint8 [Q, K, H, W, 3]
-    labels: Sequence[Sequence[str]]  # [Q][K]
-
-
-def draw_results(results: Results, folder: Path, *, neighbours: Neighbours | None) -> list[Path]:
+def draw_results(results: Results, folder: Path, *, neighbours: Sequence[Sequence[Labelled]] | None) -> list[Path]:
     """Draw all pictures of an evaluation into ``folder``, which is made, and return their paths.
 
     Heat maps are drawn of grids over learning rates and weight decays, of which other tasks have none. A picture that
@@ -56,7 +46,7 @@ def draw_results(results: Results, folder: Path, *, neighbours: Neighbours | Non
         figures["neighbours"] = partial(neighbours_figure, neighbours)
     for task in results.tasks:
         name = f"{task.task}_{task.label}"
-        if len(_points(task)) > 1:
+        if sum("lr" in head for head in task.grid) > 1:
             figures[_unused(f"grid_{name}", figures)] = partial(grid_figure, task)
         if task.confusion:
             figures[_unused(f"confusion_{name}", figures)] = partial(confusion_figure, task)
@@ -74,10 +64,9 @@ def draw_results(results: Results, folder: Path, *, neighbours: Neighbours | Non
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a PNG; the folder is made. UserError: it cannot be written."""
-    FigureCanvasAgg(figure)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI, format="png")
+        figure.savefig(path, dpi=150, format="png")
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error}): choose another place") from error
     return path
@@ -85,21 +74,22 @@ def save(figure: Figure, path: Path) -> Path:
 
 def grid_figure(task: TaskResult) -> Figure:
     """Accuracy over the grid: a panel for each kind of features and norm, learning rate down, weight decay across."""
-    points = _points(task)
-    panels = sorted({_panel(point) for point in points})
-    rates, decays = (sorted({point.get(key, 0.0) for point in points}) for key in ("lr", "weight_decay"))
-    cells = np.full((len(panels), len(rates), len(decays)), np.nan)
-    for point in points:
-        place = panels.index(_panel(point)), rates.index(point["lr"]), decays.index(point.get("weight_decay", 0.0))
-        cells[place] = np.fmax(cells[place], point["value"])
+    points: dict[tuple[str, float, float], float] = {}
+    for head in task.grid:
+        if "lr" in head:
+            panel = " + ".join(str(head[key]) for key in ("features", "norm") if head.get(key))
+            place = panel, head["lr"], head.get("weight_decay", 0.0)
+            points[place] = np.fmax(points.get(place, np.nan), head["value"])
+    panels, rates, decays = (sorted({place[axis] for place in points}) for axis in range(3))
+    places = itertools.product(panels, rates, decays)
+    cells = np.array([points.get(place, np.nan) for place in places]).reshape(len(panels), len(rates), len(decays))
     low, high = np.nanmin(cells), np.nanmax(cells)
     digits = 1 if high - low >= 1 else 2  # so that heads which are close can be told apart
     figure = _figure(max(5.0, len(panels) * (1.2 + 0.8 * len(decays)) + 1.5), 2.2 + 0.45 * len(rates))
     figure.suptitle(f"{title_of(task.task, task.label)}: {task.metric} ({task.unit}) of every head", fontsize=12)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, panel, values in zip(axes, panels, cells, strict=True):
-        texts = [[f"{value:.{digits}f}" if np.isfinite(value) else "-" for value in row] for row in values]
-        image = _heat_map(axis, values, (low, high), texts)
+        image = _heat_map(axis, values, (low, high), digits=digits, missing="-")
         for row, column in np.argwhere(values == high):
             axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=RED, linewidth=2.5))
         axis.set_title(panel, fontsize=10)
@@ -120,8 +110,7 @@ def confusion_figure(task: TaskResult) -> Figure:
     side = min(9.0, max(4.5, 2.0 + 0.55 * num_classes))
     figure = _figure(side + 1, side)
     axis = figure.subplots()
-    texts = [[f"{value:.0f}" if np.isfinite(value) else "" for value in row] for row in share] if annotated else []
-    image = _heat_map(axis, share, (0, 100), texts)
+    image = _heat_map(axis, share, (0, 100), digits=0 if annotated else None)
     if annotated:
         names = [str(name) for name in task.extra.get("class_names") or range(num_classes)]
         axis.set_xticks(range(num_classes), names, rotation=45 if max(map(len, names)) > 3 else 0)
@@ -152,49 +141,56 @@ def regression_figure(task: TaskResult) -> Figure:
     return figure
 
 
-def neighbours_figure(neighbours: Neighbours) -> Figure:
+def neighbours_figure(rows: Sequence[Sequence[Labelled]]) -> Figure:
     """Each row a query and its nearest training images, the label under each, green where it is the query's."""
-    shown = min(SHOWN_NEIGHBOURS, neighbours.images.shape[1])
-    figure = _figure(1.35 * (shown + 1) + 0.3, 1.6 * len(neighbours.queries) + 0.6)
+    names = ["query", *(f"nearest {k + 1}" for k in range(SHOWN_NEIGHBOURS))][: len(rows[0])]
+    figure = _figure(1.35 * len(names) + 0.3, 1.6 * len(rows) + 0.6)
     figure.suptitle("Nearest training images of a few validation images", fontsize=12)
-    cells = figure.subplots(len(neighbours.queries), shown + 1, squeeze=False)
-    for number, row in enumerate(cells):
-        label, images = neighbours.query_labels[number], [neighbours.queries[number], *neighbours.images[number]]
-        for axis, image, other in zip(row, images, [label, *neighbours.labels[number]], strict=False):
-            same = other == label
+    cells = figure.subplots(len(rows), len(names), squeeze=False)
+    for axes, row in zip(cells, rows, strict=True):
+        for axis, (image, label) in zip(axes, row, strict=False):
+            same = label == row[0][1]
             axis.imshow(image, interpolation="nearest")
+            axis.set_xlabel(label if same else f"{label} ✗", fontsize=9, color="#00684D" if same else "#A34700")
             axis.set(xticks=[], yticks=[])
-            axis.set_xlabel(other if same else f"{other} ✗", fontsize=9, color="#00684D" if same else "#A34700")
-    for axis, name in zip(cells[0], ["query", *(f"nearest {k + 1}" for k in range(shown))], strict=True):
+        axes[0].xaxis.label.set_color("black")
+    for axis, name in zip(cells[0], names, strict=True):
         axis.set_title(name, fontsize=9)
     return figure
 
 
 def baseline_figure(results: Results) -> Figure:
     """The trained encoder, random ones with their deviation, and raw pixels side by side for every task."""
-    tasks = results.tasks
-    names = [title_of(task.task, task.label) for task in tasks]
-    bars: Bars = {"this encoder": [task.value for task in tasks]}
+    bars: dict[str, list[float | None]] = {"this encoder": [task.value for task in results.tasks]}
     for legend, name in ((RANDOM, "random"), ("raw pixels", "pixels")):
-        bars[legend] = [task.baseline(name)[0] for task in tasks]
-    deviations = [task.baseline("random")[1] or 0.0 for task in tasks]
-    units = sorted({task.unit for task in tasks})
-    return bar_figure(names, bars, deviations, unit=", ".join(units), title=f"Beside its baselines: {results.source}")
+        bars[legend] = [task.baseline(name)[0] for task in results.tasks]
+    deviations = [task.baseline("random")[1] for task in results.tasks]
+    return bar_figure(results.tasks, bars, deviations, title=f"Beside its baselines: {results.source}")
 
 
-def bar_figure(names: Sequence[str], bars: Bars, deviations: Sequence[float], *, unit: str, title: str) -> Figure:
-    """Groups of bars with their values written out, those called :data:`RANDOM` with their ``deviations``."""
+def bar_figure(
+    rows: Sequence[TaskResult | Row],
+    bars: Mapping[str, Sequence[float | None]],
+    deviations: Sequence[float | None],
+    *,
+    title: str,
+) -> Figure:
+    """A group of bars for each of ``rows`` with their values written out, None where there is none.
+
+    Those called :data:`RANDOM` have their ``deviations``.
+    """
+    names = [title_of(row.task, row.label).replace(", ", "\n") for row in rows]
     figure = _figure(max(5.5, 1.5 + len(names) * (0.5 + 0.55 * len(bars))), 4.4)
     axis = figure.subplots()
     width, colours = 0.8 / len(bars), itertools.cycle(PALETTE)
     for number, (legend, values) in enumerate(bars.items()):
         heights = np.array(values, float)  # None becomes NaN
         places = np.arange(len(names)) + (number - (len(bars) - 1) / 2) * width
-        spread, colour = (deviations, GREY) if legend == RANDOM else (None, next(colours))
+        spread, colour = ([value or 0.0 for value in deviations], GREY) if legend == RANDOM else (None, next(colours))
         drawn = axis.bar(places, heights, width * 0.92, color=colour, label=legend, yerr=spread, capsize=3)
         axis.bar_label(drawn, fmt="%.1f", padding=2, fontsize=8)
-    axis.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=9)
-    axis.set_ylabel(unit)
+    axis.set_xticks(range(len(names)), names, fontsize=9)
+    axis.set_ylabel(", ".join(sorted({row.unit for row in rows})))
     axis.margins(y=0.12)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(title if len(title) < 90 else "…" + title[-88:], fontsize=11)
@@ -211,26 +207,21 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(min(width, MAX_INCHES), min(height, MAX_INCHES)), layout="constrained")
 
 
-def _points(task: TaskResult) -> list[Head]:
-    return [head for head in task.grid if "lr" in head]
-
-
-def _panel(point: Head) -> str:
-    return " + ".join(str(point[key]) for key in ("features", "norm") if point.get(key))
-
-
-def _unused(name: str, taken: Collection[str]) -> str:
+def _unused(name: str, taken: Mapping[str, object]) -> str:
     """``name`` as a file's, with a number where it is taken."""
     name = re.sub(r"[^\w.-]+", "_", name)
     names = (name if number == 1 else f"{name}_{number}" for number in itertools.count(1))
     return next(name for name in names if name not in taken)
 
 
-def _heat_map(axis: Axes, cells: np.ndarray, ends: tuple[float, float], texts: list[list[str]]) -> AxesImage:
-    """Cells [rows, columns], NaN in grey, with ``texts`` written into them where given."""
+def _heat_map(
+    axis: Axes, cells: np.ndarray, ends: tuple[float, float], *, digits: int | None, missing: str = ""
+) -> AxesImage:
+    """Cells [rows, columns], NaN in grey, their values written out with ``digits`` unless that is None."""
     low, high = ends
     axis.set_facecolor(LIGHT_GREY)
-    for (row, column), text in np.ndenumerate(np.array(texts, object)):
-        colour = "white" if cells[row, column] - low < 0.5 * (high - low) else "black"
+    for (row, column), value in np.ndenumerate(cells) if digits is not None else ():
+        text = f"{value:.{digits}f}" if np.isfinite(value) else missing
+        colour = "white" if value - low < 0.5 * (high - low) else "black"
         axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
-    return axis.imshow(cells, cmap=COLOUR_MAP, vmin=low, vmax=max(high, low + 1e-9))
+    return axis.imshow(cells, cmap="cividis", vmin=low, vmax=max(high, low + 1e-9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distributed_runs import tiny_config
 
+from ijepa_ds.config import parse_config
 from ijepa_ds.distributed import Process
 from ijepa_ds.evaluation import plots
 from ijepa_ds.evaluation.data import LabelledData
@@ -26,7 +29,7 @@ def setting(make_beton: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     data = LabelledData(
         (str(path), str(path)), limits=(6, None), image_size=(16, 16), micro_batch=5, num_workers=1, process=process
     )
-    return Setting(data=data, process=process, seed=0)
+    return Setting(argparse.Namespace(crop_share=None), parse_config(tiny_config()), data, process)
 
 
 def task(name: str, label: str, **more: Any) -> TaskResult:
@@ -48,16 +51,17 @@ def test_neighbours_are_shown_with_their_images_and_classes(
 ) -> None:
     shown = []
     draw = plots.neighbours_figure
-    monkeypatch.setattr(plots, "neighbours_figure", lambda one: shown.append(one) or draw(one))
+    monkeypatch.setattr(plots, "neighbours_figure", lambda rows: shown.extend(rows) or draw(rows))
     paths = illustrate(results(), tmp_path, setting, step=3)
     names = {path.name for path in paths}
     assert names == {"confusion_depth_depth.png", "baselines.png", "regression_depth.png", "neighbours.png"}
     line = capsys.readouterr().out
     assert all(name in line for name in names) and "warning" not in line
-    (one,) = shown
     images = torch.cat([i.clone() for i in setting.data.images("validation", np.arange(12), crop_share=1.0)]).numpy()
-    assert np.array_equal(one.queries, images[[0, 5]]) and one.query_labels == ["0", "2"]
-    assert np.array_equal(one.images[1], images[[2, 6, 10, 0, 4]]) and one.labels[0] == ["2", "0", "1", "0", "1"]
+    samples = [0, 2, 6, 10, 0, 4, 8], [5, 2, 6, 10, 0, 4, 8]
+    for row, pictured in zip(shown, samples, strict=True):
+        assert np.array_equal([image for image, _ in row], images[pictured])
+        assert [label for _, label in row] == [str(sample % 3) for sample in pictured]
     assert list((tmp_path / "tensorboard" / "trained").iterdir())
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.plots import (
-    Neighbours,
     bar_figure,
     baseline_figure,
     confusion_figure,
@@ -58,7 +57,7 @@ def test_every_picture_of_the_results_is_written(tmp_path: Path, capsys: pytest.
     depth = task_of("logistic", "depth", grid=[], confusion=None, extra=predicted)
     knn = task_of("knn", "label", grid=[], confusion=None)
     results = results_of(task_of(), task_of(), task_of("transfer", "../a b/ü"), knn, depth)
-    neighbours = Neighbours(images[:, 0], ["3", "4"], images[:, 1:], [["3", "3", "4", "5", "6", "7"]] * 2)
+    neighbours = [list(zip(row, label + "334567", strict=True)) for row, label in zip(images, "34", strict=True)]
     paths = draw_results(results, tmp_path / "new" / "plots", neighbours=neighbours)
     names = sorted(path.name for path in paths)
     assert names == sorted(path.name for path in (tmp_path / "new" / "plots").iterdir()) and len(names) == 9
@@ -129,19 +128,20 @@ def test_bars_of_random_encoders_have_their_deviation() -> None:
 
 
 def test_a_bar_that_is_missing_has_no_number() -> None:
-    axis = bar_figure(["a", "b"], {"x": [1.25, None], "y": [3.0, 4.0]}, [], unit="%", title="long " * 30).axes[0]
+    tasks = [task_of("a"), task_of("b")]
+    axis = bar_figure(tasks, {"x": [1.25, None], "y": [3.0, 4.0]}, [], title="long " * 30).axes[0]
     assert [text for text in texts(axis) if text] == ["1.2", "3.0", "4.0"]
     assert axis.get_title().startswith("…") and len(axis.get_title()) < 90
 
 
 def test_neighbours_stand_beside_their_query() -> None:
     images = np.arange(2 * 3 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 4, 3)
-    figure = neighbours_figure(
-        Neighbours(images[:, 0], ["cat", "dog"], images[:, 1:], [["cat", "dog"], ["dog", "ant"]])
-    )
+    labels = ["cat", "cat", "dog"], ["dog", "dog", "ant"]
+    figure = neighbours_figure([list(zip(*row, strict=True)) for row in zip(images, labels, strict=True)])
     rows = [figure.axes[:3], figure.axes[3:6]]
     assert [axis.get_xlabel() for axis in rows[0]] == ["cat", "cat", "dog ✗"]
     assert [axis.get_xlabel() for axis in rows[1]] == ["dog", "dog", "ant ✗"]
+    assert [axis.xaxis.label.get_color() for axis in rows[1]] == ["black", "#00684D", "#A34700"]
     np.testing.assert_array_equal(rows[1][2].images[0].get_array(), images[1, 2])
     assert [axis.get_title() for axis in rows[0]] == ["query", "nearest 1", "nearest 2"]
 
