@@ -147,10 +147,9 @@ def format_comparison(comparison: Comparison, *, paper: bool) -> str:
         for cell in row.cells:
             if cell is None:
                 line += ["-"] * 4
-                continue
-            pixels = "-" if cell.pixels is None else f"{cell.pixels:.2f}"
-            random = format_value(cell.random, cell.random_deviation)
-            line += [f"{cell.value:.2f}", random, pixels, f"{cell.value - cell.random:+.2f}"]
+            else:
+                line += [format_value(cell.value), format_value(cell.random, cell.random_deviation)]
+                line += [format_value(cell.pixels), f"{cell.value - cell.random:+.2f}"]
         line += [f"{cell.value - first.value:+.2f}" if first and cell else "-" for cell in row.cells[1:]]
         lines.append(line + [f"{row.paper[model]:.1f}" if model in row.paper else "-" for model in models])
     names = [f"{run}: {name}" for run, name in zip(letters, comparison.names, strict=True)]
@@ -165,9 +164,9 @@ def letter(index: int) -> str:
 
 def comparison_figure(comparison: Comparison, *, paper: bool) -> Figure:
     """Bars of every run, the random encoders of the first one, and the paper's best where asked for."""
-    from ijepa_ds.evaluation.plots import RANDOM, bar_figure
+    from ijepa_ds.evaluation.plots import RANDOM, Heights, bar_figure
 
-    rows, bars = comparison.rows, dict[str, list[float | None]]()
+    rows, bars = comparison.rows, dict[str, Heights]()
     for index, name in enumerate(comparison.names):
         bars[f"{letter(index)}: {name}"] = [cell.value if (cell := row.cells[index]) else None for row in rows]
     first = [next(cell for cell in row.cells if cell) for row in rows]

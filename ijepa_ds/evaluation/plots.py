@@ -32,6 +32,8 @@ RANDOM = "random encoder"  # the bar that has deviations
 MAX_ANNOTATED = 20  # classes of a confusion matrix whose cells are written out
 SHOWN_NEIGHBOURS = 5
 MAX_INCHES = 40.0  # of any side
+Heights = Sequence[float | None]  # one in each group of bars, None where there is none
+Bars = Mapping[str, Heights]  # by legend
 Labelled = tuple[np.ndarray, str]  # an image, uint8 [H, W, 3], and its label as it should be written
 
 
@@ -89,7 +91,7 @@ def grid_figure(task: TaskResult) -> Figure:
     figure.suptitle(f"{title_of(task.task, task.label)}: {task.metric} ({task.unit}) of every head", fontsize=12)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, panel, values in zip(axes, panels, cells, strict=True):
-        image = _heat_map(axis, values, (low, high), digits=digits, missing="-")
+        image = _heat_map(axis, values, (low, high), digits, missing="-")
         for row, column in np.argwhere(values == high):
             axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=RED, linewidth=2.5))
         axis.set_title(panel, fontsize=10)
@@ -110,7 +112,7 @@ def confusion_figure(task: TaskResult) -> Figure:
     side = min(9.0, max(4.5, 2.0 + 0.55 * num_classes))
     figure = _figure(side + 1, side)
     axis = figure.subplots()
-    image = _heat_map(axis, share, (0, 100), digits=0 if annotated else None)
+    image = _heat_map(axis, share, (0, 100), 0 if annotated else None, missing="")
     if annotated:
         names = [str(name) for name in task.extra.get("class_names") or range(num_classes)]
         axis.set_xticks(range(num_classes), names, rotation=45 if max(map(len, names)) > 3 else 0)
@@ -161,24 +163,15 @@ def neighbours_figure(rows: Sequence[Sequence[Labelled]]) -> Figure:
 
 def baseline_figure(results: Results) -> Figure:
     """The trained encoder, random ones with their deviation, and raw pixels side by side for every task."""
-    bars: dict[str, list[float | None]] = {"this encoder": [task.value for task in results.tasks]}
+    bars: dict[str, Heights] = {"this encoder": [task.value for task in results.tasks]}
     for legend, name in ((RANDOM, "random"), ("raw pixels", "pixels")):
         bars[legend] = [task.baseline(name)[0] for task in results.tasks]
     deviations = [task.baseline("random")[1] for task in results.tasks]
     return bar_figure(results.tasks, bars, deviations, title=f"Beside its baselines: {results.source}")
 
 
-def bar_figure(
-    rows: Sequence[TaskResult | Row],
-    bars: Mapping[str, Sequence[float | None]],
-    deviations: Sequence[float | None],
-    *,
-    title: str,
-) -> Figure:
-    """A group of bars for each of ``rows`` with their values written out, None where there is none.
-
-    Those called :data:`RANDOM` have their ``deviations``.
-    """
+def bar_figure(rows: Sequence[TaskResult | Row], bars: Bars, deviations: Heights, *, title: str) -> Figure:
+    """A group of bars for each of ``rows``, with their values; those called :data:`RANDOM` have ``deviations``."""
     names = [title_of(row.task, row.label).replace(", ", "\n") for row in rows]
     figure = _figure(max(5.5, 1.5 + len(names) * (0.5 + 0.55 * len(bars))), 4.4)
     axis = figure.subplots()
@@ -214,9 +207,7 @@ def _unused(name: str, taken: Mapping[str, object]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _heat_map(
-    axis: Axes, cells: np.ndarray, ends: tuple[float, float], *, digits: int | None, missing: str = ""
-) -> AxesImage:
+def _heat_map(axis: Axes, cells: np.ndarray, ends: tuple[float, float], digits: int | None, missing: str) -> AxesImage:
     """Cells [rows, columns], NaN in grey, their values written out with ``digits`` unless that is None."""
     low, high = ends
     axis.set_facecolor(LIGHT_GREY)

@@ -173,6 +173,6 @@ def aligned(rows: list[list[str]], numbers: range) -> list[str]:
     return [layout.format(*row).rstrip() for row in rows]
 
 
-def format_value(value: float, deviation: float | None) -> str:
-    """``71.20 ± 0.35``, or ``71.20`` of a single one."""
-    return f"{value:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
+def format_value(value: float | None, deviation: float | None = None) -> str:
+    """``71.20 ± 0.35``, ``71.20`` of a single one, or a dash of none."""
+    return "-" if value is None else f"{value:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
