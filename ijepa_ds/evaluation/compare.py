@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.results import Results, aligned, format_value, read_results
+from ijepa_ds.evaluation.results import Heading, Results, aligned, format_value, read_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,14 +44,10 @@ class Cell:
     validation_images: int
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(Heading):
     """One task and label; a run that lacks it has None."""
 
-    task: str
-    label: str
-    metric: str
-    unit: str
     cells: list[Cell | None]
     paper: dict[str, float]
 
@@ -116,7 +112,8 @@ def compare(runs: Sequence[Results], *, names: Sequence[str]) -> Comparison:
             data = next((data for of, data in PAPER if of == task.task and data and data in plain), None)
             label = f"{task.label} ({data})" if data else task.label
             paper = PAPER.get((task.task, data), {}) if task.metric == "accuracy" else {}
-            row = Row(task.task, label, task.metric, task.unit, [None] * len(runs), paper)
+            heading = {"task": task.task, "label": label, "metric": task.metric, "unit": task.unit}
+            row = Row(**heading, cells=[None] * len(runs), paper=paper)
             sizes = task.train_images, task.validation_images
             cell = Cell(task.value, random, deviation, task.baseline("pixels")[0], *sizes)
             rows.setdefault((task.task, task.label, task.metric, task.unit), row).cells[index] = cell

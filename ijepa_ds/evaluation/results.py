@@ -33,13 +33,24 @@ class Baseline(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """One task on one label for one candidate, with every head tried."""
+class Heading:
+    """A task on a label, and what its values are."""
 
     task: str
     label: str
     metric: str = "accuracy"
     unit: str = "%"
+
+    @property
+    def title(self) -> str:
+        """The name of the task, and the label's where that says more."""
+        return self.task if self.label in ("label", self.task) else f"{self.task}, {self.label}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Heading):
+    """One task on one label for one candidate, with every head tried."""
+
     train_images: int
     validation_images: int
     seconds: float = 0.0
