@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.results import Results, aligned, format_value, read_results
+from ijepa_ds.evaluation.results import Heading, Results, aligned, format_value, read_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,14 +44,10 @@ class Cell:
     validation_images: int
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(Heading):
     """One task and label; a run that lacks it has None."""
 
-    task: str
-    label: str
-    metric: str
-    unit: str
     cells: list[Cell | None]
     paper: dict[str, float]
 
@@ -116,7 +112,8 @@ def compare(runs: Sequence[Results], *, names: Sequence[str]) -> Comparison:
             data = next((data for of, data in PAPER if of == task.task and data and data in plain), None)
             label = f"{task.label} ({data})" if data else task.label
             paper = PAPER.get((task.task, data), {}) if task.metric == "accuracy" else {}
-            row = Row(task.task, label, task.metric, task.unit, [None] * len(runs), paper)
+            heading = {"task": task.task, "label": label, "metric": task.metric, "unit": task.unit}
+            row = Row(**heading, cells=[None] * len(runs), paper=paper)
             sizes = task.train_images, task.validation_images
             cell = Cell(task.value, random, deviation, task.baseline("pixels")[0], *sizes)
             rows.setdefault((task.task, task.label, task.metric, task.unit), row).cells[index] = cell
@@ -147,10 +144,9 @@ def format_comparison(comparison: Comparison, *, paper: bool) -> str:
         for cell in row.cells:
             if cell is None:
                 line += ["-"] * 4
-                continue
-            pixels = "-" if cell.pixels is None else f"{cell.pixels:.2f}"
-            random = format_value(cell.random, cell.random_deviation)
-            line += [f"{cell.value:.2f}", random, pixels, f"{cell.value - cell.random:+.2f}"]
+            else:
+                line += [format_value(cell.value), format_value(cell.random, cell.random_deviation)]
+                line += [format_value(cell.pixels), f"{cell.value - cell.random:+.2f}"]
         line += [f"{cell.value - first.value:+.2f}" if first and cell else "-" for cell in row.cells[1:]]
         lines.append(line + [f"{row.paper[model]:.1f}" if model in row.paper else "-" for model in models])
     names = [f"{run}: {name}" for run, name in zip(letters, comparison.names, strict=True)]
@@ -165,9 +161,9 @@ def letter(index: int) -> str:
 
 def comparison_figure(comparison: Comparison, *, paper: bool) -> Figure:
     """Bars of every run, the random encoders of the first one, and the paper's best where asked for."""
-    from ijepa_ds.evaluation.plots import RANDOM, bar_figure
+    from ijepa_ds.evaluation.plots import RANDOM, Heights, bar_figure
 
-    rows, bars = comparison.rows, dict[str, list[float | None]]()
+    rows, bars = comparison.rows, dict[str, Heights]()
     for index, name in enumerate(comparison.names):
         bars[f"{letter(index)}: {name}"] = [cell.value if (cell := row.cells[index]) else None for row in rows]
     first = [next(cell for cell in row.cells if cell) for row in rows]

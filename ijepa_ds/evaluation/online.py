@@ -7,6 +7,7 @@ Shapes: n training, m validation images, B of a batch, N patches, D encoder widt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -28,9 +29,9 @@ class OnlineProbe:
     """Every ``monitor.knn_epochs``: fitted on some training images, measured on ``data.validation``."""
 
     def __init__(self, config: Config, process: Process, say: Callable[[str], None] = print) -> None:
-        self.config, self.process, self.say = config.ijepa, process, say
+        self.config, self.process = config.ijepa, process
+        self.say_once = functools.cache(say)
         self._loaders: list[ImageLoader] = []
-        self._said: set[str] = set()
         data, monitor = config.ijepa.data, config.ijepa.monitor
         self.fields: list[str] = []
         if monitor.knn_epochs and data.validation:
@@ -64,19 +65,15 @@ class OnlineProbe:
         try:
             rows = [extract_features(pooled, loader, samples, self.process) for loader, samples in pairs]
         except BrokenFeaturesError as error:
-            self._say_once(f"the online probe is left out: {error}")
+            if self.process.is_main:
+                self.say_once(f"the online probe is left out: {error}")
             return {}
         accuracies: dict[str, float] = {}
         for field in self.fields if self.process.is_main else ():
             labels = [torch.from_numpy(read_labels(dataset, field)) for dataset in self._datasets]
             labels = [values[samples] for values, samples in zip(labels, self._samples, strict=True)]
-            accuracies |= probe(rows, labels, field, self._say_once)
+            accuracies |= probe(rows, labels, field, self.say_once)
         return accuracies
-
-    def _say_once(self, line: str) -> None:
-        if line not in self._said and self.process.is_main:
-            self._said.add(line)
-            self.say(line)
 
 
 def probe(rows: list[Tensor], labels: list[Tensor], field: str, say: Callable[[str], None]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,10 +19,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.results import Results, TaskResult
-
-if TYPE_CHECKING:
-    from ijepa_ds.evaluation.compare import Row
+from ijepa_ds.evaluation.results import Heading, Results, TaskResult
 
 # Okabe and Ito's colours, distinct for colour-blind readers too; cividis is even for them as well.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -32,6 +29,8 @@ RANDOM = "random encoder"  # the bar that has deviations
 MAX_ANNOTATED = 20  # classes of a confusion matrix whose cells are written out
 SHOWN_NEIGHBOURS = 5
 MAX_INCHES = 40.0  # of any side
+Heights = Sequence[float | None]  # one in each group of bars, None where there is none
+Bars = Mapping[str, Heights]  # by legend
 Labelled = tuple[np.ndarray, str]  # an image, uint8 [H, W, 3], and its label as it should be written
 
 
@@ -74,7 +73,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 def grid_figure(task: TaskResult) -> Figure:
     """Accuracy over the grid: a panel for each kind of features and norm, learning rate down, weight decay across."""
-    points: dict[tuple[str, float, float], float] = {}
+    points: dict[tuple[Any, ...], float] = {}  # by panel, learning rate and weight decay
     for head in task.grid:
         if "lr" in head:
             panel = " + ".join(str(head[key]) for key in ("features", "norm") if head.get(key))
@@ -87,10 +86,10 @@ def grid_figure(task: TaskResult) -> Figure:
     low, high = np.nanmin(cells), np.nanmax(cells)
     digits = 1 if high - low >= 1 else 2  # so that heads which are close can be told apart
     figure = _figure(max(5.0, len(panels) * (1.2 + 0.8 * len(decays)) + 1.5), 2.2 + 0.45 * len(rates))
-    figure.suptitle(f"{title_of(task.task, task.label)}: {task.metric} ({task.unit}) of every head", fontsize=12)
+    figure.suptitle(f"{task.title}: {task.metric} ({task.unit}) of every head", fontsize=12)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, panel, values in zip(axes, panels, cells, strict=True):
-        image = _heat_map(axis, values, (low, high), digits=digits, missing="-")
+        image = _heat_map(axis, values, (low, high), digits, missing="-")
         for row, column in np.argwhere(values == high):
             axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=RED, linewidth=2.5))
         axis.set_title(panel, fontsize=10)
@@ -111,13 +110,13 @@ def confusion_figure(task: TaskResult) -> Figure:
     side = min(9.0, max(4.5, 2.0 + 0.55 * num_classes))
     figure = _figure(side + 1, side)
     axis = figure.subplots()
-    image = _heat_map(axis, share, (0, 100), digits=0 if annotated else None)
+    image = _heat_map(axis, share, (0, 100), 0 if annotated else None, missing="")
     if annotated:
         names = [str(name) for name in task.extra.get("class_names") or range(num_classes)]
         axis.set_xticks(range(num_classes), names, rotation=45 if max(map(len, names)) > 3 else 0)
         axis.set_yticks(range(num_classes), names)
     of_images = f"{int(counts.sum()):,} images, {100 * np.trace(counts) / max(counts.sum(), 1):.1f} % correct"
-    axis.set_title(f"{title_of(task.task, task.label)}: confusion of {of_images}", fontsize=11)
+    axis.set_title(f"{task.title}: confusion of {of_images}", fontsize=11)
     axis.set(xlabel="predicted class", ylabel="true class")
     figure.colorbar(image, label="% of the true class", shrink=0.85)
     return figure
@@ -162,25 +161,16 @@ def neighbours_figure(rows: Sequence[Sequence[Labelled]]) -> Figure:
 
 def baseline_figure(results: Results) -> Figure:
     """The trained encoder, random ones with their deviation, and raw pixels side by side for every task."""
-    bars: dict[str, list[float | None]] = {"this encoder": [task.value for task in results.tasks]}
+    bars: dict[str, Heights] = {"this encoder": [task.value for task in results.tasks]}
     for legend, name in ((RANDOM, "random"), ("raw pixels", "pixels")):
         bars[legend] = [task.baseline(name)[0] for task in results.tasks]
     deviations = [task.baseline("random")[1] for task in results.tasks]
     return bar_figure(results.tasks, bars, deviations, title=f"Beside its baselines: {results.source}")
 
 
-def bar_figure(
-    rows: Sequence[TaskResult | Row],
-    bars: Mapping[str, Sequence[float | None]],
-    deviations: Sequence[float | None],
-    *,
-    title: str,
-) -> Figure:
-    """A group of bars for each of ``rows`` with their values written out, None where there is none.
-
-    Those called :data:`RANDOM` have their ``deviations``.
-    """
-    names = [title_of(row.task, row.label).replace(", ", "\n") for row in rows]
+def bar_figure(rows: Sequence[Heading], bars: Bars, deviations: Heights, *, title: str) -> Figure:
+    """A group of bars for each of ``rows``, with their values; those called :data:`RANDOM` have ``deviations``."""
+    names = [row.title.replace(", ", "\n") for row in rows]
     figure = _figure(max(5.5, 1.5 + len(names) * (0.5 + 0.55 * len(bars))), 4.4)
     axis = figure.subplots()
     width, colours = 0.8 / len(bars), itertools.cycle(PALETTE)
@@ -199,11 +189,6 @@ def bar_figure(
     return figure
 
 
-def title_of(task: str, label: str) -> str:
-    """The name of a task, and the label's where that says more."""
-    return task if label in ("label", task) else f"{task}, {label}"
-
-
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(min(width, MAX_INCHES), min(height, MAX_INCHES)), layout="constrained")
 
@@ -215,9 +200,7 @@ def _unused(name: str, taken: Mapping[str, object]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _heat_map(
-    axis: Axes, cells: np.ndarray, ends: tuple[float, float], *, digits: int | None, missing: str = ""
-) -> AxesImage:
+def _heat_map(axis: Axes, cells: np.ndarray, ends: tuple[float, float], digits: int | None, missing: str) -> AxesImage:
     """Cells [rows, columns], NaN in grey, their values written out with ``digits`` unless that is None."""
     low, high = ends
     axis.set_facecolor(LIGHT_GREY)

@@ -33,13 +33,24 @@ class Baseline(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """One task on one label for one candidate, with every head tried."""
+class Heading:
+    """A task on a label, and what its values are."""
 
     task: str
     label: str
     metric: str = "accuracy"
     unit: str = "%"
+
+    @property
+    def title(self) -> str:
+        """The name of the task, and the label's where that says more."""
+        return self.task if self.label in ("label", self.task) else f"{self.task}, {self.label}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Heading):
+    """One task on one label for one candidate, with every head tried."""
+
     train_images: int
     validation_images: int
     seconds: float = 0.0
@@ -173,6 +184,6 @@ def aligned(rows: list[list[str]], numbers: range) -> list[str]:
     return [layout.format(*row).rstrip() for row in rows]
 
 
-def format_value(value: float, deviation: float | None) -> str:
-    """``71.20 ± 0.35``, or ``71.20`` of a single one."""
-    return f"{value:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
+def format_value(value: float | None, deviation: float | None = None) -> str:
+    """``71.20 ± 0.35``, ``71.20`` of a single one, or a dash of none."""
+    return "-" if value is None else f"{value:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
