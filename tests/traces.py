@@ -39,8 +39,11 @@ def record_trace(
     targets: int = 4,
     steps: int = 3,
 ) -> Path:
-    """Write NAME.npz and NAME.json to ``folder``; returns the .npz. ``encoder`` and ``predictor``: width, depth, heads
-    (and hidden width of the MLPs). Sizes of context and targets change from step to step."""
+    """Write NAME.npz and NAME.json to ``folder``; returns the .npz.
+
+    ``encoder`` and ``predictor``: width, depth, heads (and hidden width of the MLPs). Sizes of context and targets
+    change from step to step.
+    """
     torch.manual_seed(0)
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     width, depth, heads, hidden = encoder

@@ -175,7 +175,8 @@ def _draw(sampler: MaskSampler, statistics: dict[str, Any], path: Path) -> None:
         }
     figure = Figure(figsize=(16, 8.5), layout="constrained")
     figure.suptitle(f"{statistics['sampler']} masks on {sampler.grid[0]} x {sampler.grid[1]} patches")
-    above, below = np.ravel(figure.subfigures(2, 1, height_ratios=(1, 2.6)))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 2.6))
+    above, below = parts
     above.suptitle(
         "examples: context (dark), target blocks (a colour each; where they overlap, the last one)", fontsize=10
     )
