@@ -12,7 +12,7 @@ from torch import Tensor
 from ijepa_ds.build import build_encoder, encoder_dimensions
 from ijepa_ds.config import Config, load_config, parse_config
 from ijepa_ds.engine.checkpoint_files import checkpoint_step
-from ijepa_ds.errors import UserError, listing
+from ijepa_ds.errors import UserError, some
 from ijepa_ds.exchange.export import target_encoder_weights
 from ijepa_ds.exchange.inferred_config import infer_config
 from ijepa_ds.exchange.read import read_encoder
@@ -95,9 +95,7 @@ def _check_fits(weights: dict[str, Tensor], config: Config, path: Path) -> None:
         expected = build_encoder(config).state_dict()
     problems = shape_differences(shapes_of(weights), shapes_of(expected))
     if problems:
-        raise UserError(
-            f"{path} does not fit the configuration, give the one it was trained with; what differs:{listing(problems)}"
-        )
+        raise UserError(f"{path} does not fit the configuration, give the one it was trained with: {some(problems)}")
 
 
 def _resized(config: Config, image_size: int) -> Config:

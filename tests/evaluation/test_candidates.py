@@ -13,7 +13,7 @@ from ijepa_ds.build import build_encoder
 from ijepa_ds.config import Config, parse_config
 from ijepa_ds.distributed import Process
 from ijepa_ds.evaluation import candidates as candidates_module
-from ijepa_ds.evaluation.candidates import PIXELS, candidates, pooled_features, small_pixels
+from ijepa_ds.evaluation.candidates import PIXELS, candidates, computing_dtype, pooled_features, small_pixels
 from ijepa_ds.evaluation.subject import Subject
 
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -52,7 +52,7 @@ def test_trained_random_and_pixels_in_order():
     config = config_of(5)
     trained = build_encoder(config, torch.Generator().manual_seed(99))
     subject = Subject(config, trained.state_dict(), "here", Path("x"), Path("y"))
-    measured = list(candidates(subject, ALONE, random_seeds=2))
+    measured = list(candidates(subject, ALONE, torch.float32, random_seeds=2))
     assert [str(candidate) for candidate in measured] == ["trained", "random 0", "random 1", "pixels"]
     rows = [candidate.forward(IMAGES) for candidate in measured]
     assert [row.shape[1] for row in rows] == [128, 128, 128, 3 * PIXELS**2]
@@ -70,7 +70,7 @@ def test_bf16_is_measured_in_fp32_where_it_would_be_emulated(monkeypatch, fast, 
     monkeypatch.setattr(candidates_module, "has_fast_bf16", lambda device: fast)
     config = parse_config(tiny_config(bf16={"enabled": True}))
     subject = Subject(config, build_encoder(config).state_dict(), "here", Path("x"), Path("y"))
-    trained, random, _ = candidates(subject, ALONE, random_seeds=1)
+    trained, random, _ = candidates(subject, ALONE, computing_dtype(config, ALONE), random_seeds=1)
     assert trained.module.patch_embed.proj.weight.dtype == random.module.patch_embed.proj.weight.dtype == dtype
     assert trained.forward(IMAGES).dtype == torch.float32
     assert {parameter.dtype for parameter in trained.build().parameters()} == {torch.float32}  # to be trained

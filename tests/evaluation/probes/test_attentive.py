@@ -131,7 +131,7 @@ def test_it_finds_what_the_mean_over_patches_hides():
 
 def test_a_grid_of_heads_trains_each_as_if_it_were_alone():
     train, val = noisy_means(96, 0), noisy_means(64, 1)
-    options = {"epochs": 4, "seed": 2, "batch": 32, "micro_batch": 20}
+    options = {"epochs": 12, "seed": 2, "batch": 32, "micro_batch": 20}
     grid = list(itertools.product((1e-3, 3e-3, 1e9), (0.01, 0.4)))  # one learning rate makes its heads diverge
     together = dict(zip(grid, probed(train, val, grid=grid, **options)[0], strict=True))
     assert len(set(together.values())) > 2
