@@ -14,6 +14,7 @@ from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.candidates import Name
 
 SCHEMA = 1
+Head = dict[str, Any]
 BASELINES = ("random", "pixels")
 # What an entry of a grid says beside which head it is.
 NOT_OF_THE_HEAD = ("features", "value", "deviation", "values")

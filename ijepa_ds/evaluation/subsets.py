@@ -42,7 +42,9 @@ def subsets(setting: Setting, field: str) -> list[Subset]:
         if len(data.samples["train"]) < train.num_samples:
             raise UserError("--split-list names the training images: leave out --train-images")
         draws = [samples_of_list(options.split_list, train)]
-        _check_enough(classes, draws[0], 1, field, f"{options.split_list} has at least 1 of each: list more of them")
+        _check_enough(
+            classes, draws[0], 1, field, f"the 1 that each class needs: name more files in {options.split_list}"
+        )
         return [Subset("list", draws)]
     numbers = sorted(set(options.per_class or (13,)))
     everything = np.arange(len(classes.train))

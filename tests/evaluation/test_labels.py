@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.labels import CLEVR_EDGES, binned, classes_of
+from ijepa_ds.evaluation.labels import CLEVR_EDGES, Classes, bin_edges, binned, classes_of
 
 
 def test_classes_are_numbered_from_those_in_train():
@@ -35,3 +35,25 @@ def test_classes_that_train_lacks_are_named():
         classes_of("label", torch.tensor([0, 2]), torch.tensor([1, 2, 9]), ["ant", "cat", "dog"])
     with pytest.raises(UserError, match="all training images have 'label' = ant: there is nothing to tell apart"):
         classes_of("label", torch.tensor([0, 0]), torch.tensor([0]), ["ant"])
+
+
+def test_bins_are_about_equal_and_defined_by_train():
+    train = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    edges = bin_edges(train)
+    assert torch.allclose(edges, torch.quantile(train.double(), torch.arange(1, 6, dtype=torch.float64) / 6))
+    others = torch.cat([torch.tensor([-99.0, 99.0]).double(), edges])
+    classes = binned("depth", train, others)
+    counts = torch.bincount(classes.train)
+    assert len(counts) == 6 and counts.max() - counts.min() <= 2
+    assert classes.validation.tolist() == [0, 5, 0, 1, 2, 3, 4]  # on an edge: the lower bin
+    with pytest.raises(UserError, match="100 training images have 2 different values of 'size', which do not fill 6"):
+        binned("size", (torch.arange(100) % 2).double(), others)
+
+
+def test_accuracy_and_confusion_of_predictions():
+    classes = Classes(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1, 2]), ["a", "b", "c"])
+    predictions = torch.tensor([0, 1, 2, 2])
+    assert classes.accuracy(predictions) == 75.0
+    assert classes.confusion(predictions) == [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
+    many = Classes(torch.arange(101), torch.arange(101), list(map(str, range(101))))
+    assert many.accuracy(torch.arange(101)) == 100.0 and many.confusion(torch.arange(101)) is None

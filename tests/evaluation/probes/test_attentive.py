@@ -1,23 +1,30 @@
-"""The attentive probe: a plain torch block computes the same, it finds what a mean hides, the encoder stays frozen."""
+"""The attentive probe: a plain torch block computes the same, and it finds what a mean hides."""
 
 from __future__ import annotations
 
+import itertools
+from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from distributed_runs import tiny_config
 from torch import nn
 
+from ijepa_ds.config import parse_config
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.candidates import Encoder, small_pixels
+from ijepa_ds.evaluation.inputs import CachedInputs
 from ijepa_ds.evaluation.probes.attentive import AttentiveHead, attend, attentive_probe
-from ijepa_ds.evaluation.probes.logistic import linear_probe
+from ijepa_ds.evaluation.probes.logistic import logistic_regression
+from ijepa_ds.evaluation.probes.standardise import held_out_part, standardise
+from ijepa_ds.evaluation.probes.supervised import Course
 from ijepa_ds.evaluation.setting import Setting
 from ijepa_ds.evaluation.tasks.attentive import check_cached
 from ijepa_ds.method.encoder import Dimensions, VisionTransformer
+from ijepa_ds.progress import Progress
 
 ALONE = Process(0, 1, torch.device("cpu"))
 
@@ -31,7 +38,7 @@ def plain_head(head: AttentiveHead, tokens: torch.Tensor) -> torch.Tensor:
     width = len(head.query)
     query = head.query.expand(1, len(tokens), -1)  # torch's function wants [tokens, B, D]
     attended, _ = F.multi_head_attention_forward(
-        query, tokens.transpose(0, 1), tokens.transpose(0, 1), width, head.num_heads,
+        query, tokens.transpose(0, 1), tokens.transpose(0, 1), width, head.attention_heads,
         torch.cat([head.to_query.weight, head.to_key.weight, head.to_value.weight]),
         torch.cat([head.to_query.bias, torch.randn(width, generator=seeded(9)), head.to_value.bias]),
         None, None, False, 0.0, head.project.weight, head.project.bias, need_weights=False,
@@ -43,17 +50,17 @@ def plain_head(head: AttentiveHead, tokens: torch.Tensor) -> torch.Tensor:
     return head.classifier(F.layer_norm(pooled, weight=head.norm.weight, bias=head.norm.bias, **norm))
 
 
-def random_head(seed: int, *, num_heads: int = 4) -> AttentiveHead:
+def random_head(seed: int, attention_heads: int = 4) -> AttentiveHead:
     """A head none of whose parameters is 0 or 1."""
-    head = AttentiveHead(32, 5, num_heads=num_heads)
+    head = AttentiveHead(32, 5, attention_heads, seeded(seed))
     for parameter in head.parameters():
         nn.init.normal_(parameter, std=0.3, generator=seeded(seed))
     return head
 
 
-@pytest.mark.parametrize("num_heads", [1, 4])
-def test_a_head_equals_the_plain_block(num_heads):
-    head = random_head(0, num_heads=num_heads)
+@pytest.mark.parametrize("attention_heads", [1, 4])
+def test_a_head_equals_the_plain_block(attention_heads):
+    head = random_head(0, attention_heads)
     tokens = torch.randn(6, 9, 32, generator=seeded(1))
     ours, plain = head(tokens), plain_head(head, tokens)
     assert ours.std() > 0.1
@@ -93,94 +100,54 @@ def noisy_means(num_images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]
     return torch.randn(num_images, 16, 32, generator=draw) + 0.4 * torch.eye(32)[labels][:, None], labels
 
 
-def batches_of(data: tuple[torch.Tensor, torch.Tensor], size: int):
-    def batches(epoch: int):
-        order = torch.randperm(len(data[0]), generator=seeded(epoch))
-        return [(data[0][part], data[1][part]) for part in order.split(size)]
-
-    return batches
+def probed(train, validation, *, grid, epochs, seed: int = 0, batch: int = 64, micro_batch: int = 64):
+    """Accuracy of each head in percent."""
+    predictions, rate = attentive_probe(
+        CachedInputs(*train, batch=batch, seed=seed, process=ALONE),
+        [validation[0]],
+        train[0].shape[2],
+        grid,
+        Course(epochs, micro_batch=micro_batch),
+        Progress(1, name="attentive probe", enabled=False),
+    )
+    assert rate > 0 and len(predictions) == len(grid)
+    return [100.0 * float((classes == validation[1]).double().mean()) for classes in predictions]
 
 
 def test_it_finds_what_the_mean_over_patches_hides():
     train, val = needles(1024, 0), needles(256, 1)
-    probe = attentive_probe(
-        lambda tokens: tokens, width=32, batches=batches_of(train, 64), validation=lambda: [val], steps_per_epoch=16,
-        num_classes=4, process=ALONE, lrs=(1e-5, 1e-2), weight_decays=(0.01,), num_heads=4, epochs=20, say=[].append,
-    )  # fmt: skip
-    pooled = linear_probe(train[0].mean(1), train[1], val[0].mean(1), val[1], num_classes=4, seed=0)
-    assert pooled.accuracy < 45  # 25 is chance
-    assert [point["lr"] for point in probe.grid] == [1e-5, 1e-2] and probe.best == 1
-    assert probe.grid[1]["value"] > 85 and probe.grid[0]["value"] < 70
-    assert 100 * float((probe.predictions == probe.labels).double().mean()) == pytest.approx(probe.grid[1]["value"])
-    assert torch.equal(probe.labels, val[1])
+    values = probed(train, val, grid=[(1e-5, 0.01), (1e-2, 0.01)], epochs=20)
+    space = standardise(train[0].mean(1))
+    pooled = logistic_regression(space, train[1], held_out=[held_out_part(train[1], seed=0)])
+    right = pooled.logits(space.apply(val[0].mean(1))).argmax(dim=1) == val[1]
+    assert float(right.double().mean()) < 0.45  # 0.25 is chance
+    assert values[1] > 85 and values[0] < 70
 
 
 def test_a_grid_of_heads_trains_each_as_if_it_were_alone():
     train, val = noisy_means(96, 0), noisy_means(64, 1)
-
-    def values(lrs, weight_decays):
-        probe = attentive_probe(
-            lambda tokens: tokens, width=32, batches=batches_of(train, 32), validation=lambda: [val],
-            steps_per_epoch=3, num_classes=4, process=ALONE, lrs=lrs, weight_decays=weight_decays, epochs=4, seed=2,
-            micro_batch=20, say=[].append,
-        )  # fmt: skip
-        return {(point["lr"], point["weight_decay"]): point["value"] for point in probe.grid}
-
-    together = values((1e-3, 3e-3, 1e9), (0.01, 0.4))  # one learning rate makes its heads diverge
-    assert len(together) == 6 and len(set(together.values())) > 2
-    for lr, weight_decay in ((1e-3, 0.4), (3e-3, 0.01)):
-        assert values((lr,), (weight_decay,))[lr, weight_decay] == together[lr, weight_decay]
+    options = {"epochs": 4, "seed": 2, "batch": 32, "micro_batch": 20}
+    grid = list(itertools.product((1e-3, 3e-3, 1e9), (0.01, 0.4)))  # one learning rate makes its heads diverge
+    together = dict(zip(grid, probed(train, val, grid=grid, **options), strict=True))
+    assert len(set(together.values())) > 2
+    for point in ((1e-3, 0.4), (3e-3, 0.01)):
+        assert probed(train, val, grid=[point], **options) == [together[point]]
 
 
-def test_the_encoder_stays_as_it_is():
-    encoder = VisionTransformer((16, 16), 4, Dimensions(32, 2, 2), generator=seeded(0))
-    before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
-    data = torch.randn(8, 3, 16, 16, generator=seeded(1)), torch.arange(8) % 2
-    forwards = []
-
-    def encode(images):
-        forwards.append(len(images))
-        return encoder(images)
-
-    attentive_probe(
-        encode, width=32, batches=lambda epoch: [data], validation=lambda: [data], steps_per_epoch=1, num_classes=2,
-        process=ALONE, epochs=2, micro_batch=4, say=[].append,
-    )  # fmt: skip
-    assert all(parameter.grad is None for parameter in encoder.parameters())
-    assert all(torch.equal(before[name], weight) for name, weight in encoder.state_dict().items())
-    assert forwards == [4, 4, 4, 4, 8]  # once a micro-batch, for all nine heads
-
-
-def test_mistakes_are_one_sentence():
-    data = torch.randn(4, 3, 12), torch.tensor([0, 1, 2, 3])
-    common = {
-        "width": 12, "batches": lambda epoch: [data], "validation": lambda: [data], "steps_per_epoch": 1,
-        "num_classes": 3, "process": ALONE, "say": [].append,
-    }  # fmt: skip
-    with pytest.raises(UserError, match="from 0 to 3 are not the 3 classes"):
-        attentive_probe(lambda tokens: tokens, **common)
-    with pytest.raises(UserError, match="5 attention heads do not divide a width of 12"):
-        attentive_probe(lambda tokens: tokens, **common, num_heads=5)
-    with pytest.raises(UserError, match="has no heads"):
-        attentive_probe(lambda tokens: tokens, **common, lrs=())
-    with pytest.raises(UserError, match="0 steps an epoch trains nothing"):
-        attentive_probe(lambda tokens: tokens, **(common | {"steps_per_epoch": 0}))
-    broken = torch.full((4, 3, 12), float("nan")), data[1]
+def test_a_probe_that_diverges_is_refused():
+    broken = torch.full((4, 3, 12), float("nan")), torch.arange(4)
     with pytest.raises(UserError, match="attentive probe diverged in epoch 1"):
-        attentive_probe(lambda tokens: tokens, **(common | {"num_classes": 4, "batches": lambda epoch: [broken]}))
-    with pytest.raises(UserError, match="no validation images"):
-        attentive_probe(lambda tokens: tokens, **(common | {"num_classes": 4, "validation": list}))
+        probed(broken, broken, grid=[(1e-3, 0.1)], epochs=2, batch=4)
 
 
 def test_tokens_that_do_not_fit_into_memory_are_refused_at_once():
     module = VisionTransformer((16, 16), 4, Dimensions(8, 1, 1))
-    encoder = Encoder("trained", 0, 8, {}, small_pixels, module=module)
     few = {"train": np.arange(5), "validation": np.arange(3)}
-    check_cached(setting_of(few), encoder)
+    check_cached(setting_of(few), module)
     many = {"train": np.arange(3), "validation": np.broadcast_to(0, 2**40)}  # 0 bytes as a view
     with pytest.raises(UserError, match=r"would hold the tokens of 1099511627779 images.*: leave out --cached"):
-        check_cached(setting_of(many), encoder)
+        check_cached(setting_of(many), module)
 
 
 def setting_of(samples: dict[str, np.ndarray]) -> Setting:
-    return Setting(data=SimpleNamespace(samples=samples, image_size=(16, 16)), process=ALONE, seed=0)
+    return Setting(Namespace(), parse_config(tiny_config()), SimpleNamespace(samples=samples), ALONE)

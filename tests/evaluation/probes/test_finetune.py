@@ -12,8 +12,10 @@ from torch import nn
 
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
+from ijepa_ds.evaluation.inputs import CachedInputs
 from ijepa_ds.evaluation.probes.finetune import FineTuneRecipe, fine_tune, layer_decay_groups
 from ijepa_ds.method.encoder import Dimensions, VisionTransformer, initialize
+from ijepa_ds.progress import Progress
 
 ALONE = Process(0, 1, torch.device("cpu"))
 SIZE, CLASSES = (16, 16), 3
@@ -37,21 +39,13 @@ def images_of(num_images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 TRAIN, VAL = images_of(22, 0), images_of(31, 1)
 
 
-def share(epoch: int, rank: int = 0, world_size: int = 1, batch: int = 8):
-    """This process's part of each step of an epoch: 8, 8 and 6 images."""
-    order = torch.randperm(len(TRAIN[0]), generator=torch.Generator().manual_seed(epoch))
-    for step in order.split(batch):
-        mine = step[rank::world_size]
-        yield TRAIN[0][mine], TRAIN[1][mine]
-
-
-def tune(encoder, recipe=QUICK, *, process=ALONE, micro_batch=64, **changes):
-    options = {
-        "batches": lambda epoch: share(epoch, process.rank, process.world_size),
-        "validation": lambda: [tuple(part[process.rank :: process.world_size] for part in VAL)],
-        "steps_per_epoch": 3, "num_classes": CLASSES, "say": [].append,
-    }  # fmt: skip
-    return fine_tune(encoder, process=process, recipe=recipe, micro_batch=micro_batch, **(options | changes))
+def tune(encoder, recipe=QUICK, *, process=ALONE, train=TRAIN, batch=8, micro_batch=64, seed=0) -> torch.Tensor:
+    inputs = CachedInputs(*train, batch=batch, seed=seed, process=process)
+    validation = [VAL[0][process.rank :: process.world_size]]
+    progress = Progress(1, name="fine-tuning", enabled=False)
+    predictions = fine_tune(encoder, inputs, validation, recipe, progress, micro_batch=micro_batch)
+    assert predictions.shape == (len(VAL[1]),)
+    return predictions
 
 
 def weights_of(encoder: nn.Module) -> torch.Tensor:
@@ -59,24 +53,26 @@ def weights_of(encoder: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("positions_trained", [True, False])
-def test_the_groups_are_timms(positions_trained):
-    encoder, head = tiny_encoder(), nn.Linear(32, CLASSES)
-    encoder.pos_embed.requires_grad = positions_trained
+def test_the_groups_are_those_of_timms_own_model(positions_trained):
+    encoder = tiny_encoder()
+    encoder.head = nn.Linear(32, CLASSES)
     model = TimmVisionTransformer(
         img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, class_token=False, global_pool="avg",
         fc_norm=False, num_classes=CLASSES,
     )  # fmt: skip
-    model.pos_embed.requires_grad = positions_trained
-    theirs, name_of = {}, {id(parameter): name for name, parameter in model.named_parameters()}
+    expected, values = {}, {}
+    model.pos_embed.requires_grad = encoder.pos_embed.requires_grad = positions_trained
+    names = {id(parameter): name for part in (encoder, model) for name, parameter in part.named_parameters()}
     for group in param_groups_layer_decay(model, 0.4, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.75):
         for parameter in group["params"]:
-            theirs[name_of[id(parameter)]] = (group["lr_scale"] * 3e-5, group["weight_decay"])
-    groups = layer_decay_groups(encoder, head, lr=3e-5, weight_decay=0.4, layer_decay=0.75)
-    ours = {name: (group["peak_lr"], group["weight_decay"]) for group in groups for name in group["names"]}
-    assert ours.keys() == theirs.keys() and ("pos_embed" in ours) == positions_trained
-    for name, values in ours.items():
-        assert values == pytest.approx(theirs[name]), name
-    assert ours["patch_embed.proj.weight"] == pytest.approx((3e-5 * 0.75**3, 0.4))
+            expected[names[id(parameter)]] = (group["lr_scale"] * 3e-5, group["weight_decay"])
+    for group in layer_decay_groups(encoder, FineTuneRecipe()):
+        values |= {names[id(parameter)]: (group["peak_lr"], group["weight_decay"]) for parameter in group["params"]}
+    assert values == expected and ("pos_embed" in values) == positions_trained
+    assert values["patch_embed.proj.weight"] == pytest.approx((3e-5 * 0.75**3, 0.4))
+    assert values["blocks.0.attn.qkv.bias"] == pytest.approx((3e-5 * 0.75**2, 0.0))
+    assert values["norm.weight"] == pytest.approx((3e-5 * 0.75, 0.0))  # with the last block
+    assert values["head.weight"] == (3e-5, 0.4) and values["head.bias"] == (3e-5, 0.0)
 
 
 def test_the_first_step_is_torchs_adamw():
@@ -84,7 +80,7 @@ def test_the_first_step_is_torchs_adamw():
     encoder, plain, head = tiny_encoder(), tiny_encoder(), nn.Linear(32, CLASSES)
     initialize(head, torch.Generator().manual_seed(5))
     images, labels = TRAIN
-    tune(encoder, recipe, batches=lambda epoch: [(images, labels)], steps_per_epoch=1, seed=5, micro_batch=7)
+    tune(encoder, recipe, batch=22, seed=5, micro_batch=7)
     loss = F.cross_entropy(head(plain(images).mean(1)), labels, label_smoothing=0.1)
     loss.backward()
     # One step of AdamW from nothing: the sign of the gradient times lr, and the decay. Cosine at step 1 of 2: half.
@@ -96,19 +92,11 @@ def test_the_first_step_is_torchs_adamw():
 
 
 def test_it_learns_and_is_deterministic():
-    encoder = tiny_encoder()
-    recipe = FineTuneRecipe(epochs=20, lr=3e-3, warmup_epochs=2)
-    lines = []
-    first = tune(encoder, recipe, validate_epochs=8, say=lines.append)
-    assert list(first.accuracy) == [8, 16, 20] and first.accuracy[20] > 85 and first.images_per_second > 0
-    assert torch.equal(first.labels, VAL[1])
-    assert 100 * float((first.predictions == first.labels).float().mean()) == pytest.approx(first.accuracy[20])
-    assert sum("images/s" in line and "left" in line for line in lines) == 20
-    again = tiny_encoder()
-    second = tune(again, recipe, validate_epochs=8)
-    assert second.accuracy == first.accuracy and torch.equal(weights_of(again), weights_of(encoder))
-    assert not torch.equal(weights_of(encoder), weights_of(tiny_encoder()))
-    other = tiny_encoder()
+    encoder, again, other = tiny_encoder(), tiny_encoder(), tiny_encoder()
+    recipe = FineTuneRecipe(epochs=30, lr=3e-3, warmup_epochs=2)
+    predictions = tune(encoder, recipe)
+    assert float((predictions == VAL[1]).double().mean()) > 0.85
+    assert torch.equal(tune(again, recipe), predictions) and torch.equal(weights_of(again), weights_of(encoder))
     tune(other, recipe, seed=1)
     assert not torch.equal(weights_of(other), weights_of(encoder))
 
@@ -134,13 +122,8 @@ def tune_in_a_rank() -> dict:
     from ijepa_ds.engine.zero import init_distributed
 
     process, encoder = init_distributed(), tiny_encoder()
-    result = tune(encoder, process=process)
-    late = tiny_encoder()
-    shares = lambda epoch: share(epoch) if process.rank == 0 else iter(())  # noqa: E731
-    validation = lambda: [(VAL[0][:1], VAL[1][:1])] if process.rank == 0 else []  # noqa: E731
-    # One process has all images, the other none.
-    lopsided = tune(late, process=process, batches=shares, validation=validation, validate_epochs=99).images_per_second
-    return {"weights": weights_of(encoder), "result": result, "late": weights_of(late), "rate": lopsided}
+    predictions = tune(encoder, process=process)
+    return {"weights": weights_of(encoder), "predictions": predictions}
 
 
 def test_two_processes_take_the_same_steps():
@@ -149,21 +132,9 @@ def test_two_processes_take_the_same_steps():
     for rank in ranks:
         torch.testing.assert_close(rank["weights"], weights_of(encoder), rtol=0, atol=1e-4)
         assert torch.equal(rank["weights"], ranks[0]["weights"])
-        assert torch.equal(rank["result"].labels, alone.labels)
-        assert rank["result"].accuracy == pytest.approx(alone.accuracy, abs=4)  # one image is 3.2
-        torch.testing.assert_close(rank["late"], weights_of(encoder), rtol=0, atol=1e-4)
+        assert int((rank["predictions"] != alone).sum()) <= 1
 
 
-def test_mistakes_are_named():
-    with pytest.raises(UserError, match="0 epochs trains nothing"):
-        tune(tiny_encoder(), FineTuneRecipe(epochs=0))
-    with pytest.raises(UserError, match=r"layer_decay is 1.5"):
-        tune(tiny_encoder(), FineTuneRecipe(layer_decay=1.5))
-    with pytest.raises(UserError, match="from 0 to 2 are not the 2 classes"):
-        tune(tiny_encoder(), num_classes=2)
+def test_training_that_diverges_is_refused():
     with pytest.raises(UserError, match="fine-tuning diverged in epoch 1"):
-        tune(tiny_encoder(), batches=lambda epoch: [(TRAIN[0] * float("nan"), TRAIN[1])] * 3)
-    with pytest.raises(ValueError, match="more batches than its 2 steps"):
-        tune(tiny_encoder(), steps_per_epoch=2)
-    with pytest.raises(ValueError, match="no images for step 3"):
-        tune(tiny_encoder(), steps_per_epoch=4)
+        tune(tiny_encoder(), train=(TRAIN[0] * float("nan"), TRAIN[1]))

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.probes import knn
-from ijepa_ds.evaluation.probes.knn import knn_accuracy, nearest_neighbours
+from ijepa_ds.evaluation.probes.knn import nearest_neighbours, usable, vote
 
 
 def clusters(
@@ -20,11 +19,19 @@ def clusters(
     return centres[labels] + noise * torch.randn(num_rows, 16, generator=draw), labels
 
 
+def accuracies(
+    bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, labels: torch.Tensor, ks: list[int]
+) -> dict[int, float]:
+    cosine, index = nearest_neighbours(bank, queries, k=max(ks))
+    votes = {k: vote(cosine, bank_labels[index], k=k) for k in ks}
+    return {k: 100.0 * float((classes == labels).double().mean()) for k, classes in votes.items()}
+
+
 def test_agrees_with_scikit_learn():
     neighbors = pytest.importorskip("sklearn.neighbors")
     bank, bank_labels = clusters(300, seed=1)
     queries, labels = clusters(200, seed=2)
-    ours = knn_accuracy(bank, bank_labels, queries, labels, ks=(1, 10, 50))
+    ours = accuracies(bank, bank_labels, queries, labels, [1, 10, 50])
     assert len(set(ours.values())) > 1  # the features are hard enough for k to matter
 
     def weights(distances: np.ndarray) -> np.ndarray:
@@ -40,37 +47,33 @@ def test_neighbours_are_scikit_learns():
     neighbors = pytest.importorskip("sklearn.neighbors")
     (bank, _), (queries, _) = clusters(300, seed=1), clusters(20, seed=2)
     reference = neighbors.NearestNeighbors(n_neighbors=7, metric="cosine", algorithm="brute").fit(bank.numpy())
-    expected = torch.from_numpy(reference.kneighbors(queries.numpy(), return_distance=False))
-    assert torch.equal(nearest_neighbours(bank, queries, k=7), expected)
-    assert nearest_neighbours(bank[:4], queries, k=7).shape == (20, 4)
+    distances, expected = reference.kneighbors(queries.numpy())
+    cosine, index = nearest_neighbours(bank, queries, k=7)
+    assert torch.equal(index, torch.from_numpy(expected))
+    torch.testing.assert_close(cosine, torch.from_numpy(1 - distances).float())
 
 
 def test_chunks_and_length_and_dtype_do_not_change_the_answer(monkeypatch):
     bank, bank_labels = clusters(100, seed=1)
     queries, labels = clusters(60, seed=2)
-    whole = knn_accuracy(bank, bank_labels, queries, labels, ks=(5, 20))
+    whole = accuracies(bank, bank_labels, queries, labels, [5, 20])
     monkeypatch.setattr(knn, "CHUNK_ELEMENTS", 700)
-    assert knn_accuracy(bank * torch.rand(100, 1) + 0, bank_labels, queries * 9, labels.int(), ks=(20, 5)) == whole
-    assert set(knn_accuracy(bank.bfloat16(), bank_labels, queries.bfloat16(), labels)) == {10, 20, 100}
+    lengths = torch.rand(100, 1, generator=torch.Generator().manual_seed(3)) + 0.1
+    assert accuracies(bank * lengths, bank_labels, queries * 9, labels, [5, 20]) == whole
+    done: list[int] = []
+    cosine, _ = nearest_neighbours(bank.bfloat16(), queries.bfloat16(), k=3, tick=done.append)
+    assert cosine.dtype == torch.float32 and done == [*range(7, 60, 7), 60]
 
 
 def test_a_small_bank_clips_k_and_says_so():
-    bank, bank_labels = clusters(30, seed=1)
     said: list[str] = []
-    accuracy = knn_accuracy(bank, bank_labels, bank, bank_labels, say=said.append)
-    assert list(accuracy) == [10, 20, 30]
+    assert usable((10, 20, 100, 200), 30, said.append) == [10, 20, 30]
     assert said == ["kNN: the bank has 30 images, so k = 100, 200 becomes 30"]
+    assert usable((10, 20), 20, said.append) == [10, 20] and len(said) == 1
 
 
 def test_a_tiny_temperature_is_the_nearest_neighbour():
     bank, bank_labels = clusters(100, seed=1)
-    assert knn_accuracy(bank, bank_labels, bank, bank_labels, ks=(50,), temperature=1e-4) == {50: 100.0}
-
-
-def test_a_class_only_in_val_and_bad_rows_are_refused():
-    bank, bank_labels = clusters(50, seed=1)
-    with pytest.raises(UserError, match="class 5 is in val but has no image in train"):
-        knn_accuracy(bank, bank_labels, bank, bank_labels.clone().index_fill_(0, torch.tensor([0]), 5))
-    bank[3, 2] = torch.nan
-    with pytest.raises(UserError, match="1 of 50 rows of the train features hold NaN"):
-        knn_accuracy(bank, bank_labels, bank, bank_labels)
+    cosine, index = nearest_neighbours(bank, bank, k=50)
+    classes = vote(cosine, bank_labels[index], k=50, temperature=1e-4)
+    assert torch.equal(classes, bank_labels)
