@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from ijepa_ds.build import working_dtype
-from ijepa_ds.config import Config
 from ijepa_ds.data.ffcv_pipeline import DecodeError
 from ijepa_ds.distributed import Process, leave_to_main_process, share_cpu_threads
 from ijepa_ds.errors import UserError
@@ -139,37 +138,16 @@ def check_options(options: argparse.Namespace) -> None:
             raise UserError(sentence)
 
 
-def data_paths(options: argparse.Namespace, config: Config) -> tuple[str, str]:
-    """The files to fit and to measure on: those given, or the configuration's.
-
-    Raises:
-        UserError: there is nothing to measure on.
-    """
-    data = config.ijepa.data
-    train, validation = options.train or data.train, options.validation or data.validation
-    if validation is None:
-        raise UserError("there is nothing to measure on: give --validation FILE.beton, or set ijepa.data.validation")
-    return train, validation
-
-
 def evaluate(options: argparse.Namespace, subject: Subject) -> Results | None:
     """Measure, print the table, write results.json; the results, on the main process."""
-    config = subject.config
-    paths, process, said = data_paths(options, config), join(), set()
+    config, process, said = subject.config, join(), set()
 
     def say(line: str) -> None:
         if process.is_main and line not in said:  # what holds for one candidate holds for all
             said.add(line)
             print(line, flush=True)
 
-    data = LabelledData(
-        paths,
-        limits=(options.train_images, options.validation_images),
-        image_size=config.ijepa.data.image_size,
-        micro_batch=options.micro_batch,
-        num_workers=config.ijepa.data.workers,
-        process=process,
-    )
+    data = LabelledData(options, config, process)
     setting = Setting(options, config, data, process, say)
     say(f"measuring {subject.describe()}; tasks: {', '.join(options.task)}; labels: {', '.join(data.fields)}")
     check_tasks(setting, options.task)

@@ -18,25 +18,31 @@ from ijepa_ds.data.copy_ahead import on_device
 from ijepa_ds.data.crops import flips_of
 from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.distributed import Process
+from ijepa_ds.errors import UserError
 from ijepa_ds.random_streams import permutation
 
 
 class Inputs(Protocol):
     """This process's share of each step, epoch by epoch."""
 
+    process: Process
+    seed: int
     batch: int  # images of a step, over all processes
     steps: int  # of an epoch
+    num_classes: int
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs [B, ...] on the device and labels [B] of each step."""
 
 
-class _Shared:
+class _Labelled:
     """Whole batches of ``labels`` [n] in a new order each epoch; images that do not fill one are left out of it."""
 
     def __init__(self, labels: Tensor, *, batch: int, seed: int, process: Process) -> None:
+        if batch < process.world_size:
+            raise UserError(f"a batch of {batch} cannot be shared by {process.world_size} processes")
         self.labels, self.batch, self.seed, self.process = labels, batch, seed, process
-        self.steps = max(1, len(labels) // batch)
+        self.steps, self.num_classes = len(labels) // batch, int(labels.max()) + 1
 
     def positions(self, epoch: int) -> np.ndarray:
         """Which of the images this process takes in each step, int64 [steps, B]."""
@@ -44,7 +50,7 @@ class _Shared:
         return order.reshape(self.steps, self.batch)[:, self.process.rank :: self.process.world_size]
 
 
-class CachedInputs(_Shared):
+class CachedInputs(_Labelled):
     """Rows made once, [n, ...] on the CPU.
 
     With those of the mirrored images beside them, one of the two is drawn for each epoch.
@@ -67,7 +73,7 @@ class CachedInputs(_Shared):
             yield rows.to(self.process.device), self.labels[positions]
 
 
-class AugmentedInputs(_Shared):
+class AugmentedInputs(_Labelled):
     """Augmented images of ``samples`` [n] in the loader's file, as ``prepare`` makes them.
 
     ``prepare`` maps uint8 images [b, H, W, 3] on the device to [b, ...], without gradients; it must give a copy.

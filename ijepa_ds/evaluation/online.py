@@ -89,7 +89,7 @@ def probe(rows: list[Tensor], labels: list[Tensor], field: str, say: Callable[[s
     (k,) = usable([NEIGHBOURS], len(rows[0]), say)
     cosine, index = nearest_neighbours(*rows, k=k)
     predictions = {
-        f"knn/{field}": vote(cosine, train_labels[index], k=k, num_classes=len(classes)),
+        f"knn/{field}": vote(cosine, train_labels[index], k=k),
         f"linear/{field}": least_squares_predictions(rows[0], train_labels, rows[1]),
     }
     return {name: 100.0 * float((classes[given] == labels[1]).double().mean()) for name, given in predictions.items()}

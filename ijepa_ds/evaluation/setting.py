@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,11 @@ from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError, some
 from ijepa_ds.evaluation.candidates import Candidate
 from ijepa_ds.evaluation.data import LabelledData
-from ijepa_ds.evaluation.inputs import AugmentedInputs
+from ijepa_ds.evaluation.features import extract_features
+from ijepa_ds.evaluation.inputs import AugmentedInputs, CachedInputs
 from ijepa_ds.evaluation.labels import CLEVR_EDGES, KEPT_CLASSES, Classes, binned, classes_of
 from ijepa_ds.evaluation.probes.recipes import Recipe
-from ijepa_ds.evaluation.results import Measurement
+from ijepa_ds.evaluation.results import Head, Measurement, best_of, mean_and_deviation
 from ijepa_ds.method.ijepa import normalize_images
 from ijepa_ds.progress import Progress
 
@@ -35,12 +36,21 @@ class Setting:
     data: LabelledData
     process: Process
     say: Callable[[str], None] = print
-    _progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        self._progress: Progress | None = None
+        self._owner: Candidate | None = None  # whose features are kept
+        self._features: dict[tuple[str, float, bool], Tensor] = {}
+        self._extracted = 0, 0.0  # images, seconds
 
     @property
     def seed(self) -> int:
         """Of order, crops and heads."""
         return self.config.ijepa.run.seed if self.options.seed is None else self.options.seed
+
+    def fields(self) -> list[str]:
+        """The labels of a task that takes any: those asked for, or all."""
+        return self.options.label or list(self.data.fields)
 
     def share(self) -> float:
         """The central crop's side over an image's shorter side."""
@@ -51,55 +61,73 @@ class Setting:
         self._progress = Progress(total, what=what, name=name, enabled=self.process.is_main, after=self._progress)
         return self._progress
 
-    def features(self, candidate: Candidate, split: str, *, share: float | None = None, **which: Any) -> Tensor:
-        """Features of the central crops [n, F]; ``which`` as :meth:`LabelledData.features` has it."""
-        positions: np.ndarray | None = which.get("positions")
-        number = len(self.data.samples[split] if positions is None else positions)
-        progress = self.progress(f"features of {split}, {candidate}", number)
-        crop_share = self.share() if share is None else share
-        return self.data.features(candidate, split, crop_share=crop_share, progress=progress, **which)
+    def features(
+        self,
+        candidate: Candidate,
+        split: str,
+        *,
+        share: float | None = None,
+        mirrored: bool = False,
+        positions: np.ndarray | None = None,
+    ) -> Tensor:
+        """Features fp32 [n, F] of the central crops, on the CPU, or of those at ``positions`` among the images in use.
 
-    def adapt(self, recipe: Recipe, num_images: int | None = None) -> Recipe:
-        """``recipe`` with the options' numbers instead, its batch no larger than the training images.
-
-        ``num_images`` where only so many of these are labelled.
+        Those of all images are kept until another candidate is asked about.
         """
-        options = self.options
-        adapted = recipe.adapted(
-            epochs=options.epochs, batch=options.batch, lrs=options.lr, weight_decays=options.weight_decay
-        )
-        fitted = adapted.fitted_to(len(self.data.samples["train"]) if num_images is None else num_images)
-        self.check_batch(fitted.batch)
-        if fitted.batch < adapted.batch and num_images is None:
-            self.say(f"the batch of {adapted.batch} becomes {fitted.batch}: there are no more training images")
-        return fitted
+        if self._owner is not candidate:
+            self._owner, self._features, self._extracted = candidate, {}, (0, 0.0)
+        share = self.share() if share is None else share
+        key = (split, share, mirrored)
+        if key in self._features:
+            kept = self._features[key]
+            return kept if positions is None else kept[torch.from_numpy(positions)]
+        samples = self.data.samples[split] if positions is None else self.data.samples[split][positions]
+        loader, began = self.data.loader(split, crop_share=share), time.monotonic()
 
-    def check_batch(self, batch: int) -> None:
-        """Refuse a batch of which some process would have no image (:class:`UserError`)."""
-        if batch < self.process.world_size:
-            raise UserError(f"a batch of {batch} cannot be shared by {self.process.world_size} processes")
+        def forward(images: Tensor) -> Tensor:
+            return candidate.forward(images.flip(2) if mirrored else images)
+
+        progress = self.progress(f"features of {split}, {candidate}", len(samples))
+        rows = extract_features(forward, loader, samples, self.process, progress=progress)
+        images, seconds = self._extracted
+        self._extracted = images + len(samples), seconds + time.monotonic() - began
+        if positions is None:
+            self._features[key] = rows
+        return rows
+
+    def _rate(self) -> float | None:
+        """Images per second of all extractions for the candidate at hand; None where there was none."""
+        images, seconds = self._extracted
+        return images / seconds if seconds else None
+
+    def adapt(self, recipe: Recipe, num_images: int) -> Recipe:
+        """``recipe`` with the options' numbers instead, and no larger a batch than there are images."""
+        options = self.options
+        return recipe.adapted(
+            epochs=options.epochs,
+            batch=min(options.batch or recipe.batch, num_images),
+            lrs=options.lr,
+            weight_decays=options.weight_decay,
+        )
+
+    def cached(self, rows: Tensor, labels: Tensor, batch: int, mirrored: Tensor | None = None) -> CachedInputs:
+        """Batches of rows that were made once."""
+        return CachedInputs(rows, labels, mirrored, batch=batch, seed=self.seed, process=self.process)
 
     def augmented(
         self,
         labels: Tensor,
+        batch: int,
         prepare: Callable[[Tensor], Tensor],
         *,
-        batch: int,
         positions: np.ndarray | None = None,
         seed: int | None = None,
     ) -> AugmentedInputs:
-        """Augmented training images, or those at ``positions`` among them, which ``labels`` are of."""
-        self.check_batch(batch)
-        samples = self.data.samples["train"]
-        return AugmentedInputs(
-            self.data.loader("train", augment=True, seed=self.seed),
-            samples if positions is None else samples[positions],
-            labels,
-            prepare,
-            batch=batch,
-            seed=self.seed if seed is None else seed,
-            process=self.process,
-        )
+        """Batches of augmented training images, or of those at ``positions`` among them, which ``labels`` are of."""
+        loader, samples = self.data.loader("train", augment=True, seed=self.seed), self.data.samples["train"]
+        samples = samples if positions is None else samples[positions]
+        seed = self.seed if seed is None else seed
+        return AugmentedInputs(loader, samples, labels, prepare, batch=batch, seed=seed, process=self.process)
 
     def normalize(self) -> Callable[[Tensor], Tensor]:
         """Make the function from uint8 images on the device [B, H, W, 3] to the encoder's input [B, 3, H, W], fp32."""
@@ -108,15 +136,44 @@ class Setting:
         return functools.partial(normalize_images, mean=mean, std=std, dtype=torch.float32)
 
     def measurement(
-        self, task: str, field: str, grid: list[dict[str, Any]], began: float, classes: Classes, **more: Any
+        self,
+        task: str,
+        field: str,
+        classes: Classes,
+        heads: Sequence[Head],
+        predictions: Sequence[Tensor],
+        began: float,
+        *,
+        extra: dict[str, Any] | None = None,
+        rate: float | None = None,
     ) -> Measurement:
-        """A measurement of this setting's images, begun at the time ``began``; ``more`` as :class:`Measurement`."""
+        """Score the classes that each of ``heads`` gives the validation images, [m] or of several draws [draws, m].
+
+        ``began`` is when the task did, ``rate`` images per second where not those of the extraction.
+        """
+        grid = [head | _scores(classes, rows) for head, rows in zip(heads, predictions, strict=True)]
+        best = predictions[grid.index(best_of(grid))]
         names = classes.names if classes.num_classes <= KEPT_CLASSES else None
-        sizes = {f"{split}_images": len(samples) for split, samples in self.data.samples.items()}
-        shared = {"images_per_second": self.data.images_per_second(), **sizes, **more}
-        shared["extra"] = {"class_names": names, **more.get("extra", {})}
-        seconds = round(time.monotonic() - began, 2)
-        return Measurement(task=task, label=field, grid=grid, seconds=seconds, **shared)
+        train, validation = map(len, self.data.samples.values())
+        return Measurement(
+            task=task,
+            label=field,
+            grid=grid,
+            train_images=train,
+            validation_images=validation,
+            seconds=round(time.monotonic() - began, 2),
+            images_per_second=self._rate() if rate is None else rate,
+            extra={"class_names": names, **(extra or {})},
+            confusion=classes.confusion(best if best.ndim == 1 else best[0]),
+        )
+
+
+def _scores(classes: Classes, predictions: Tensor) -> Head:
+    if predictions.ndim == 1:
+        return {"value": classes.accuracy(predictions)}
+    values = [classes.accuracy(draw) for draw in predictions]
+    mean, deviation = mean_and_deviation(values)
+    return {"value": mean, "deviation": deviation, "values": values}
 
 
 def class_fields(setting: Setting) -> list[str]:

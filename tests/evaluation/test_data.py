@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from distributed_runs import tiny_config
 
+from ijepa_ds.config import parse_config
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.candidates import PIXELS, Candidate, small_pixels
+from ijepa_ds.evaluation.command import build_parser
 from ijepa_ds.evaluation.data import LabelledData
+from ijepa_ds.evaluation.setting import Setting
 
 PROCESS = Process(0, 1, torch.device("cpu"))
 
 
-def open_data(train: Path, validation: Path, size: int = 16, limits=(None, None)) -> LabelledData:
-    return LabelledData(
-        (str(train), str(validation)),
-        limits=limits,
-        image_size=(size, size),
-        micro_batch=5,
-        num_workers=1,
-        process=PROCESS,
-    )
+def options_of(*arguments: object) -> argparse.Namespace:
+    return build_parser().parse_args(["--checkpoint", "x", "--micro-batch", "5", *map(str, arguments)])
+
+
+def open_data(train: Path, validation: Path, *arguments: object, size: int = 16) -> LabelledData:
+    config = parse_config(tiny_config(ijepa__data__image_size=size))
+    return LabelledData(options_of("--train", train, "--validation", validation, *arguments), config, PROCESS)
+
+
+def setting_of(data: LabelledData) -> Setting:
+    return Setting(options_of(), parse_config(tiny_config()), data, PROCESS)
 
 
 def note(path: Path, **content) -> None:
@@ -39,24 +46,28 @@ def pixels() -> Candidate:
 def test_labels_and_features_are_of_the_same_samples(make_beton, tmp_path):
     labels = {"label": [k % 3 for k in range(12)], "distance": [k / 4 for k in range(12)]}
     path = make_beton(tmp_path / "a.beton", 12, (16, 16), labels, write_mode="raw")
-    whole, some = open_data(path, path), open_data(path, path, limits=(4, None))
-    assert whole.fields == ("label", "distance") and whole.integer_fields == ("label",)
-    train, validation = some.labels("label")
+    whole, few = open_data(path, path), open_data(path, path, "--train-images", 4)
+    assert whole.fields == ["label", "distance"] and whole.integer_fields == ["label"]
+    train, validation = few.labels("label")
     assert train.tolist() == [0, 0, 0, 0] and validation.tolist() == labels["label"]  # samples 0, 3, 6, 9
-    assert some.labels("distance")[0].tolist() == [0.0, 0.75, 1.5, 2.25]
-    candidate = pixels()
-    all_rows = whole.features(candidate, "train", crop_share=1.0)
-    assert torch.equal(some.features(candidate, "train", crop_share=1.0), all_rows[::3])
-    mirrored = whole.features(candidate, "train", crop_share=1.0, mirrored=True).view(12, 3, PIXELS, PIXELS)
-    torch.testing.assert_close(mirrored, all_rows.view(12, 3, PIXELS, PIXELS).flip(3))
-    assert whole.features(candidate, "train", crop_share=1.0) is all_rows  # made once
-    assert whole.features(pixels(), "train", crop_share=1.0) is not all_rows  # of another candidate: anew
-    positions = np.array([1, 7])
-    assert torch.equal(whole.features(candidate, "train", crop_share=1.0, positions=positions), all_rows[positions])
-    anew = some.features(pixels(), "validation", crop_share=1.0, positions=positions)
-    assert torch.equal(anew, all_rows[positions])
+    assert few.labels("distance")[0].tolist() == [0.0, 0.75, 1.5, 2.25]
+    all_rows, rows, anew = (setting_of(data).features(pixels(), "train") for data in (whole, few, whole))
+    assert torch.equal(rows, all_rows[::3]) and torch.equal(anew, all_rows)
     with pytest.raises(UserError, match=r"no label field 'size' in common \(they have: label, distance\)"):
         whole.labels("size")
+
+
+def test_features_of_a_candidate_are_made_once(make_beton, tmp_path):
+    path = make_beton(tmp_path / "a.beton", 12, (16, 16), {"label": [0, 1] * 6}, write_mode="raw")
+    setting, candidate = setting_of(open_data(path, path)), pixels()
+    rows = setting.features(candidate, "train")
+    mirrored = setting.features(candidate, "train", mirrored=True).view(12, 3, PIXELS, PIXELS)
+    torch.testing.assert_close(mirrored, rows.view(12, 3, PIXELS, PIXELS).flip(3))
+    assert setting.features(candidate, "train") is rows
+    positions = np.array([1, 7])
+    assert torch.equal(setting.features(candidate, "train", positions=positions), rows[positions])
+    assert torch.equal(setting.features(candidate, "validation", positions=positions), rows[positions])
+    assert setting.features(pixels(), "train") is not rows  # of another candidate: anew
 
 
 def test_labels_that_are_no_numbers_are_refused(make_beton, tmp_path):

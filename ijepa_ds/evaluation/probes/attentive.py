@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_ds.distributed import Process
 from ijepa_ds.evaluation.inputs import Inputs
 from ijepa_ds.evaluation.probes.supervised import Course, fit, predict
 from ijepa_ds.method.encoder import INIT_STD
@@ -35,9 +34,7 @@ class AttentiveHead(nn.Module):
     products with the tokens D/h times smaller. A bias of the keys would cancel in the softmax: there is none.
     """
 
-    def __init__(
-        self, width: int, num_classes: int, attention_heads: int, *, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, width: int, num_classes: int, attention_heads: int, generator: torch.Generator) -> None:
         super().__init__()
         self.attention_heads = attention_heads
         self.query = nn.Parameter(torch.empty(width))
@@ -85,44 +82,36 @@ def attend(heads: Iterable[AttentiveHead], tokens: Tensor) -> Tensor:
 def attentive_probe(
     inputs: Inputs,
     validation: Iterable[Tensor],
-    *,
     width: int,
-    num_classes: int,
     grid: Sequence[tuple[float, float]],
     course: Course,
-    seed: int,
-    process: Process,
     progress: Progress,
-) -> tuple[Tensor, float]:
+) -> tuple[list[Tensor], float]:
     """Train a head for each point of ``grid`` with AdamW and a cosine, all on the same batches.
 
     Args:
-        inputs: patch tokens [B, N, D] after the encoder's final norm, and labels.
+        inputs: patch tokens [B, N, D] after the encoder's final norm; all heads start from weights of their seed.
         validation: tokens, this process's ``samples[rank::world_size]``.
         width: D.
-        num_classes: C; labels are 0 to C - 1.
         grid: learning rate and weight decay of each head.
         course: V-JEPA takes 20 epochs for images.
-        seed: of the initial weights, which all heads share.
         progress: is shown the training images.
 
     Returns:
-        Predictions of each head [G, n], and images per second of training.
-
-    Raises:
-        UserError: every head diverged.
+        Predictions of each head [n], and images per second of training.
     """
+    process = inputs.process
     attention_heads = width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else 1
-    seeds = [torch.Generator().manual_seed(seed) for _ in grid]
-    heads = [AttentiveHead(width, num_classes, attention_heads, generator=s).to(process.device) for s in seeds]
+    seeds = [torch.Generator().manual_seed(inputs.seed) for _ in grid]
+    heads = [AttentiveHead(width, inputs.num_classes, attention_heads, seed).to(process.device) for seed in seeds]
 
     def logits(tokens: Tensor) -> Tensor:
         return attend(heads, tokens)
 
     groups = [group for head, point in zip(heads, grid, strict=True) for group in _groups(head, *point)]
     optimizer = torch.optim.AdamW(groups, fused=process.device.type == "cuda")
-    rate = fit(logits, optimizer, inputs, course, process=process, progress=progress)
-    return predict(logits, validation, num_classifiers=len(grid), process=process), rate
+    rate = fit(logits, optimizer, inputs, course, progress)
+    return list(predict(logits, validation, num_classifiers=len(grid), process=process)), rate
 
 
 def _groups(head: AttentiveHead, lr: float, weight_decay: float) -> list[dict]:

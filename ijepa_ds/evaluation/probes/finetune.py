@@ -2,7 +2,7 @@
 
 I-JEPA, appendix A: 50 epochs, AdamW, batch 512, lr 3e-5, weight decay 0.4, layer decay 0.75, label smoothing 0.1.
 
-Shapes: B images of a step on this process, D encoder width, C classes, n validation images.
+Shapes: B images of a step on this process, H x W pixels, N patches, D encoder width, n validation images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from ijepa_ds.distributed import Process
 from ijepa_ds.evaluation.inputs import Inputs
 from ijepa_ds.evaluation.probes.supervised import Course, fit, predict
 from ijepa_ds.method.encoder import VisionTransformer, initialize
@@ -38,30 +37,27 @@ def fine_tune(
     encoder: VisionTransformer,
     inputs: Inputs,
     validation: Iterable[Tensor],
-    *,
-    num_classes: int,
     recipe: FineTuneRecipe,
-    micro_batch: int,
-    seed: int,
-    process: Process,
     progress: Progress,
+    *,
+    micro_batch: int,
 ) -> Tensor:
     """Train ``encoder`` (in place, in float32) and a new linear head; bf16 autocast on a GPU.
 
     Args:
         encoder: [B, 3, H, W] -> [B, N, D] after its final norm. All of it is trained but the fixed positions.
-        inputs: images [B, 3, H, W], normalised, and their labels.
+        inputs: images [B, 3, H, W], normalised, and their labels; the head's initial weights are of their seed.
         validation: images, this process's ``samples[rank::world_size]``.
-        num_classes: C; labels are 0 to C - 1.
-        micro_batch: images computed at once.
-        seed: of the head's initial weights.
+        recipe: the paper's, or with other numbers.
         progress: is shown the training images.
+        micro_batch: images computed at once.
 
     Returns:
         Predictions [n] after the last epoch: the best one would be chosen on the validation images.
     """
-    encoder.head = nn.Linear(encoder.embed_dim, num_classes)
-    initialize(encoder.head, torch.Generator().manual_seed(seed))
+    process = inputs.process
+    encoder.head = nn.Linear(encoder.embed_dim, inputs.num_classes)
+    initialize(encoder.head, torch.Generator().manual_seed(inputs.seed))
     encoder.to(process.device, torch.float32).train()
     for name, parameter in encoder.named_parameters():  # it may come frozen, as a target encoder is
         parameter.requires_grad_(name != "pos_embed")
@@ -72,7 +68,7 @@ def fine_tune(
         return encoder.head(encoder(images).mean(dim=1))[None]  # [1, B, C]
 
     course = Course(recipe.epochs, recipe.warmup_epochs, recipe.label_smoothing, micro_batch)
-    fit(logits, optimizer, inputs, course, process=process, progress=progress)
+    fit(logits, optimizer, inputs, course, progress)
     encoder.eval()
     return predict(logits, validation, num_classifiers=1, process=process)[0]
 

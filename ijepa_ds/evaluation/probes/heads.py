@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ijepa_ds.distributed import Process
+from ijepa_ds.evaluation.inputs import Inputs
 from ijepa_ds.evaluation.probes.head_optimizers import lars_step, sgd_step
 from ijepa_ds.evaluation.probes.recipes import Head
 
@@ -28,13 +29,13 @@ STEPS = {"lars": lars_step, "sgd": sgd_step}
 class HeadStack:
     """The heads that share an input: the same columns, all with BatchNorm or all without."""
 
-    def __init__(self, heads: list[Head], width: int, num_classes: int, *, device: torch.device, seed: int) -> None:
-        self.heads, self.num_classes = heads, num_classes
+    def __init__(self, heads: list[Head], width: int, inputs: Inputs) -> None:
+        self.heads, self.num_classes, device = heads, inputs.num_classes, inputs.process.device
         self.normed = heads[0].norm == "bn"
         count = len(heads)
-        start = INIT_STD * torch.randn(num_classes, width, generator=torch.Generator().manual_seed(seed))
+        start = INIT_STD * torch.randn(self.num_classes, width, generator=torch.Generator().manual_seed(inputs.seed))
         self.weight = start.to(device).expand(count, -1, -1).clone()  # [H, C, D]: all heads start alike
-        self.bias = torch.zeros(count, num_classes, device=device)
+        self.bias = torch.zeros(count, self.num_classes, device=device)
         self.gamma, self.beta = torch.ones(count, width, device=device), torch.zeros(count, width, device=device)
         self.lr = torch.tensor([head.lr for head in heads], device=device)
         self.weight_decay = torch.tensor([head.weight_decay for head in heads], device=device)
@@ -126,26 +127,17 @@ class HeadGrid:
     """All heads of a grid over the columns ``views`` of one feature matrix [n, D]."""
 
     def __init__(
-        self,
-        heads: list[Head],
-        views: dict[str, slice],
-        width: int,
-        num_classes: int,
-        *,
-        optimizer: str,
-        process: Process,
-        seed: int,
+        self, heads: list[Head], views: dict[str, slice], width: int, inputs: Inputs, *, optimizer: str
     ) -> None:
-        self.heads, self.views, self.process = heads, views, process
+        self.views, self.process = views, inputs.process
         self.step_optimizer = STEPS[optimizer]
         kinds: dict[tuple[str, str], list[Head]] = {}
         for head in heads:
             kinds.setdefault((head.features, head.norm), []).append(head)
         self.stacks = [
-            HeadStack(kind, len(range(width)[views[features]]), num_classes, device=process.device, seed=seed)
-            for (features, _), kind in kinds.items()
+            HeadStack(kind, len(range(width)[views[features]]), inputs) for (features, _), kind in kinds.items()
         ]
-        self._batch_norm = SharedBatchNorm(width, process.device) if any(s.normed for s in self.stacks) else None
+        self._batch_norm = SharedBatchNorm(width, self.process.device)
 
     @torch.no_grad()
     def step(self, rows: Tensor, labels: Tensor, *, total: int, lr_factor: float) -> Tensor:
@@ -154,8 +146,7 @@ class HeadGrid:
         Returns:
             The loss of each head before the step, [H], in the order of :attr:`order`.
         """
-        norm = self._batch_norm
-        normed = norm.normalise_batch(rows, total=total, process=self.process) if norm else None
+        normed = self._batch_norm.normalise_batch(rows, total=total, process=self.process)
         losses = []
         for stack in self.stacks:
             folded, loss = stack.gradients(self._columns(stack, rows, normed), labels, total=total)
@@ -172,15 +163,14 @@ class HeadGrid:
         predictions = []
         for rows in batches:
             rows = rows.to(self.process.device)
-            normed = self._batch_norm.normalise(rows) if self._batch_norm else None
+            normed = self._batch_norm.normalise(rows)
             parts = [stack.predict(self._columns(stack, rows, normed)) for stack in self.stacks]
             predictions.append(torch.cat(parts, dim=1).cpu())
         return torch.cat(predictions)
 
-    def _columns(self, stack: HeadStack, rows: Tensor, normed: Tensor | None) -> Tensor:
+    def _columns(self, stack: HeadStack, rows: Tensor, normed: Tensor) -> Tensor:
         """What a stack sees of the rows, as they are or normalised."""
-        seen = normed if stack.normed and normed is not None else rows
-        return seen[:, self.views[stack.heads[0].features]]
+        return (normed if stack.normed else rows)[:, self.views[stack.heads[0].features]]
 
     @property
     def order(self) -> list[Head]:

@@ -36,16 +36,13 @@ def nearest_neighbours(
 
 
 @torch.no_grad()
-def vote(cosine: Tensor, labels: Tensor, *, k: int, num_classes: int, temperature: float = TEMPERATURE) -> Tensor:
+def vote(cosine: Tensor, labels: Tensor, *, k: int, temperature: float = TEMPERATURE) -> Tensor:
     """The class [q] that the first k neighbours give each query, from their cosine and their labels [q, all]."""
     # Relative to the nearest: the same vote, and no overflow at a small temperature.
     weights = ((cosine[:, :k] - cosine[:, :1]) / temperature).exp()
-    classes = []
-    for part, part_labels in zip(
-        weights.split(max(1, CHUNK_ELEMENTS // num_classes)),
-        labels[:, :k].split(max(1, CHUNK_ELEMENTS // num_classes)),
-        strict=True,
-    ):
+    num_classes, classes = int(labels.max()) + 1, []
+    chunk = max(1, CHUNK_ELEMENTS // num_classes)
+    for part, part_labels in zip(weights.split(chunk), labels[:, :k].split(chunk), strict=True):
         votes = torch.zeros(len(part), num_classes, device=part.device).scatter_add_(1, part_labels, part)
         classes.append(votes.argmax(dim=1))
     return torch.cat(classes)

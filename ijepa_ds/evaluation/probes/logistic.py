@@ -8,7 +8,6 @@ Shapes: n rows (one an image), D features, C classes.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +45,6 @@ def logistic_regression(
     train: Standardised,
     labels: Tensor,
     *,
-    num_classes: int,
     held_out: Sequence[Tensor],
     strengths: Sequence[float] = STRENGTHS,
     tick: Callable[[], object] = lambda: None,
@@ -55,37 +53,34 @@ def logistic_regression(
 
     Args:
         train: float32 rows [n, D].
-        labels: [n], integers from 0 to C - 1.
-        num_classes: C.
+        labels: [n], integers from 0 to C - 1; each class has an image.
         held_out: bool [n] each: one part, or several folds; with none the strength is :data:`FIXED_STRENGTH`.
         strengths: values of l2, strong to weak. Where a weaker one is worse, none that is weaker still is tried.
         tick: called in every iteration.
     """
     # Cloned: what was made in inference mode could not be kept for the backward pass.
     train, labels = replace(train, rows=train.rows.clone()), labels.clone()
-    fitted = functools.partial(_fit, num_classes=num_classes, tick=tick)
     fits: list[Fit | None] = [None] * len(held_out)
     best, best_loss, start = FIXED_STRENGTH, math.inf, None
     for l2 in strengths if held_out else ():
         loss = 0.0
         for k, part in enumerate(held_out):
-            fits[k] = fit = fitted(replace(train, rows=train.rows[~part]), labels[~part], l2, fits[k])
+            fits[k] = fit = _fit(replace(train, rows=train.rows[~part]), labels[~part], l2, fits[k], tick)
             # Not the accuracy: on few images it picks among strengths by luck.
             loss += float(F.cross_entropy(fit.logits(train.rows[part]), labels[part], reduction="sum"))
         if loss >= best_loss:
             break
         best, best_loss, start = l2, loss, fits[0]
-    return fitted(train, labels, best, start)
+    return _fit(train, labels, best, start, tick)
 
 
-def _fit(
-    train: Standardised, labels: Tensor, l2: float, start: Fit | None, *, num_classes: int, tick: Callable[[], object]
-) -> Fit:
+def _fit(train: Standardised, labels: Tensor, l2: float, start: Fit | None, tick: Callable[[], object]) -> Fit:
     # Features of a network are strongly correlated, which makes plain L-BFGS take hundreds of iterations. The Hessian
     # is bounded by Gram / 2 + l2 (Boehning 1992, Ann. Inst. Stat. Math. 44), so the search runs on whitened weights,
     # for which that bound is the identity.
     scale = (train.variances / 2 + l2).rsqrt()  # [D]
     if start is None:
+        num_classes = int(labels.max()) + 1
         start = Fit(l2, train.rows.new_zeros(num_classes, len(scale)), train.rows.new_zeros(num_classes))
     whitened, bias = (start.weight / scale).requires_grad_(), start.bias.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(

@@ -67,10 +67,6 @@ class Recipe:
             weight_decays=tuple(weight_decays or self.weight_decays),
         )
 
-    def fitted_to(self, num_images: int) -> Recipe:
-        """The recipe with a batch of at most ``num_images``."""
-        return dataclasses.replace(self, batch=min(self.batch, num_images))
-
 
 # The protocol names the rates and not whether they grow with the batch: both readings are trained in the one pass.
 LINEAR = Recipe("lars", 50, 16384, (0.05, 0.01, 0.001), (5e-4, 0.0), (15, 30, 45), lr_scales=("as given", "batch"))

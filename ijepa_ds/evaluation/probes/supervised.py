@@ -36,15 +36,7 @@ class Course:
     micro_batch: int = 64
 
 
-def fit(
-    logits: Logits,
-    optimizer: torch.optim.Optimizer,
-    inputs: Inputs,
-    course: Course,
-    *,
-    process: Process,
-    progress: Progress,
-) -> float:
+def fit(logits: Logits, optimizer: torch.optim.Optimizer, inputs: Inputs, course: Course, progress: Progress) -> float:
     """Train with a linear warm-up and a cosine to zero; each parameter group brings its own ``peak_lr``.
 
     ``logits`` is called under bf16 autocast on a GPU, in float32 on a CPU. Gradients of micro-batches add up.
@@ -55,6 +47,7 @@ def fit(
     Raises:
         UserError: every classifier's loss is NaN or infinite.
     """
+    process = inputs.process
     began, step, total = time.monotonic(), 0, course.epochs * inputs.steps
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     warmup, note = int(course.warmup_epochs * inputs.steps), ""

@@ -5,6 +5,7 @@ Shapes: n training, m validation images, F features.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ijepa_ds.evaluation.candidates import Candidate
+from ijepa_ds.evaluation.data import SPLITS
 from ijepa_ds.evaluation.probes.knn import NEIGHBOURS, nearest_neighbours, usable, vote
 from ijepa_ds.evaluation.probes.logistic import logistic_regression
 from ijepa_ds.evaluation.probes.ridge import ridge_regression
 from ijepa_ds.evaluation.probes.standardise import held_out_part, standardise
-from ijepa_ds.evaluation.results import Measurement, best_of
+from ijepa_ds.evaluation.results import Head, Measurement
 from ijepa_ds.evaluation.setting import Setting, any_classes
 
 QUERIES, SHOWN_NEIGHBOURS = 8, 6
@@ -29,45 +31,36 @@ def logistic(setting: Setting, candidate: Candidate, fields: list[str] | None = 
 
     Of a continuous label on its bins, beside ridge regression.
     """
-    train, validation = (setting.features(candidate, split) for split in ("train", "validation"))
+    train, validation = (setting.features(candidate, split) for split in SPLITS)
     if not setting.process.is_main:
         return []
     began, device = time.monotonic(), setting.process.device
-    fields = fields or setting.options.label or list(setting.data.fields)
-    classes = {field: any_classes(setting, field) for field in fields}
-    grids: dict[str, list[dict[str, Any]]] = {field: [] for field in fields}
-    predictions: dict[str, list[Tensor]] = {field: [] for field in fields}
-    progress = setting.progress(f"logistic regression, {candidate}", len(candidate.views) * len(fields), "fits")
-    for number, (view, columns) in enumerate(candidate.views.items()):
+    classes = {field: any_classes(setting, field) for field in fields or setting.fields()}
+    heads: dict[str, list[Head]] = {field: [] for field in classes}
+    predictions: dict[str, list[Tensor]] = {field: [] for field in classes}
+    progress = setting.progress(f"logistic regression, {candidate}", len(candidate.views) * len(classes), "fits")
+    done = 0
+    for view, columns in candidate.views.items():
         space = standardise(train[:, columns].to(device))
         rows = space.apply(validation[:, columns].to(device))
-        for field in fields:
+        for field in classes:
             labels = classes[field].train.to(device)
             fit = logistic_regression(
                 space,
                 labels,
-                num_classes=classes[field].num_classes,
                 held_out=[held_out_part(labels, seed=0)],
-                tick=functools.partial(progress.show, number * len(fields) + len(grids[field]), field),
+                tick=functools.partial(progress.show, done, field),
             )
+            heads[field].append({"features": view, "l2": fit.l2})
             predictions[field].append(fit.logits(rows).argmax(dim=1))
-            value = classes[field].accuracy(predictions[field][-1])
-            grids[field].append({"features": view, "l2": fit.l2, "value": value})
-    progress.end(len(candidate.views) * len(fields))
+            done += 1
+    progress.end(done)
     measurements = []
-    for field, grid in grids.items():
+    for field in classes:
         continuous = setting.data.labels(field)[0].is_floating_point()
-        measurements.append(
-            setting.measurement(
-                "logistic",
-                field,
-                grid,
-                began,
-                classes[field],
-                extra=regressed(setting, candidate, field, train, validation) if continuous else {},
-                confusion=classes[field].confusion(predictions[field][grid.index(best_of(grid))]),
-            )
-        )
+        extra = regressed(setting, candidate, field, train, validation) if continuous else None
+        scored = classes[field], heads[field], predictions[field]
+        measurements.append(setting.measurement("logistic", field, *scored, began, extra=extra))
     return measurements
 
 
@@ -92,32 +85,29 @@ def regressed(setting: Setting, candidate: Candidate, field: str, train: Tensor,
 
 def knn(setting: Setting, candidate: Candidate) -> list[Measurement]:
     """Weighted nearest neighbours, k = 10, 20, 100, 200, temperature 0.07."""
-    train, validation = (setting.features(candidate, split) for split in ("train", "validation"))
+    train, validation = (setting.features(candidate, split) for split in SPLITS)
     if not setting.process.is_main:
         return []
-    began, device = time.monotonic(), setting.process.device
-    ks = usable(NEIGHBOURS, len(train), setting.say)
-    fields = setting.options.label or list(setting.data.fields)
-    grids: dict[str, list[dict[str, Any]]] = {field: [] for field in fields}
+    began, device, samples = time.monotonic(), setting.process.device, setting.data.samples
+    ks, found = usable(NEIGHBOURS, len(train), setting.say), {}
     for view, columns in candidate.views.items():
         progress = setting.progress(f"nearest neighbours, {view}, {candidate}", len(validation))
         bank = train[:, columns].to(device)
-        cosine, index = nearest_neighbours(bank, validation[:, columns], k=ks[-1], tick=progress.show)
+        found[view] = nearest_neighbours(bank, validation[:, columns], k=ks[-1], tick=progress.show)
         progress.end(len(validation))
-        for field, grid in grids.items():
-            classes = any_classes(setting, field)
-            labels = classes.train.to(device)[index]
-            for k in ks:
-                predictions = vote(cosine, labels, k=k, num_classes=classes.num_classes)
-                grid.append({"features": view, "k": k, "value": classes.accuracy(predictions)})
     queries = torch.arange(QUERIES).clamp_max(len(validation) - 1) * len(validation) // QUERIES
-    nearest = index[queries.to(device), :SHOWN_NEIGHBOURS]  # by the last view: all columns
-    samples = setting.data.samples
+    nearest = found[view][1][queries.to(device), :SHOWN_NEIGHBOURS]  # by the last view: all columns
     neighbours = [  # sample numbers in the two files
         {"query": int(samples["validation"][query]), "train": samples["train"][row].tolist()}
         for query, row in zip(queries.tolist(), nearest.tolist(), strict=True)
     ]
-    return [
-        setting.measurement("knn", field, grid, began, any_classes(setting, field), extra={"neighbours": neighbours})
-        for field, grid in grids.items()
-    ]
+    measurements = []
+    for field in setting.fields():
+        classes = any_classes(setting, field)
+        labels = classes.train.to(device)
+        heads = [{"features": view, "k": k} for view in found for k in ks]
+        predictions = [vote(cosine, labels[index], k=k) for cosine, index in found.values() for k in ks]
+        extra = {"neighbours": neighbours}
+        measurement = setting.measurement("knn", field, classes, heads, predictions, began, extra=extra)
+        measurements.append(dataclasses.replace(measurement, confusion=None))
+    return measurements

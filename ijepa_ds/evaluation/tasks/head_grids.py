@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
-from typing import Any
 
 from ijepa_ds.evaluation.candidates import Candidate
-from ijepa_ds.evaluation.inputs import CachedInputs, Inputs
+from ijepa_ds.evaluation.inputs import Inputs
 from ijepa_ds.evaluation.labels import Classes, classes_of
 from ijepa_ds.evaluation.probes.head_training import train_heads
 from ijepa_ds.evaluation.probes.recipes import COUNT, DEPTH, LINEAR, PRESETS, Recipe
-from ijepa_ds.evaluation.results import Measurement, best_of
+from ijepa_ds.evaluation.results import Measurement
 from ijepa_ds.evaluation.setting import Setting, any_classes, class_fields, depth_bins, own_field
 from ijepa_ds.evaluation.tasks.feature_probes import logistic, regressed
 
@@ -66,39 +64,25 @@ def head_grid(
 
     Where the recipe only mirrors, features of all images and of the mirrored ones are made once, which is the same.
     """
-    began, recipe, cached = time.monotonic(), setting.adapt(recipe), setting.options.cached
+    began, cached, batch = time.monotonic(), setting.options.cached, setting.options.batch or recipe.batch
+    recipe = setting.adapt(recipe, len(classes.train))
+    if recipe.batch < batch:
+        setting.say(f"the batch of {batch} becomes {recipe.batch}: there are no more training images")
     share = setting.share() if recipe.crop or setting.options.crop_share is not None else 1.0
     validation = setting.features(candidate, "validation", share=share)
     if augmented := recipe.crop and not cached:
-        inputs: Inputs = setting.augmented(classes.train, candidate.forward, batch=recipe.batch)
+        inputs: Inputs = setting.augmented(classes.train, recipe.batch, candidate.forward)
     else:
         train = setting.features(candidate, "train", share=share)
         mirrored = None if cached else setting.features(candidate, "train", share=share, mirrored=True)
-        shared: dict[str, Any] = {"batch": recipe.batch, "seed": setting.seed, "process": setting.process}
-        inputs = CachedInputs(train, classes.train, mirrored, **shared)
-    trained = train_heads(
-        inputs,
-        (validation, classes.validation),
-        views=candidate.views,
-        num_classes=classes.num_classes,
-        recipe=recipe,
-        process=setting.process,
-        seed=setting.seed,
-        progress=setting.progress(f"{task} {field}, {candidate}", recipe.epochs * inputs.steps * recipe.batch),
-    )
+        inputs = setting.cached(train, classes.train, recipe.batch, mirrored)
+    progress = setting.progress(f"{task} {field}, {candidate}", recipe.epochs * inputs.steps * inputs.batch)
+    heads, predictions, rate = train_heads(inputs, validation, candidate.views, recipe, progress)
     if not setting.process.is_main:
         return []
     augmentation = "random resized crop, flip" if augmented else "none" if cached else "flip"
     extra = {"epochs": recipe.epochs, "batch": recipe.batch, "augmentation": augmentation}
     if regression:
         extra |= regressed(setting, candidate, field, train, validation)
-    measurement = setting.measurement(
-        task,
-        field,
-        trained.grid,
-        began,
-        classes,
-        extra=extra,
-        confusion=classes.confusion(trained.predictions[:, trained.grid.index(best_of(trained.grid))]),
-    )
-    return [replace(measurement, images_per_second=trained.images_per_second) if augmented else measurement]
+    scored = classes, heads, predictions
+    return [setting.measurement(task, field, *scored, began, extra=extra, rate=rate if augmented else None)]

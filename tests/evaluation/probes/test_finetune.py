@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +12,7 @@ from torch import nn
 
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
+from ijepa_ds.evaluation.inputs import CachedInputs
 from ijepa_ds.evaluation.probes.finetune import FineTuneRecipe, fine_tune, layer_decay_groups
 from ijepa_ds.method.encoder import Dimensions, VisionTransformer, initialize
 from ijepa_ds.progress import Progress
@@ -40,35 +39,11 @@ def images_of(num_images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 TRAIN, VAL = images_of(22, 0), images_of(31, 1)
 
 
-@dataclass
-class Shares:
-    """This process's part of each step of an epoch: 8 images, and of the 6 that are left over none."""
-
-    process: Process
-    images: torch.Tensor
-    labels: torch.Tensor
-    batch: int = 8
-    steps: int = 2
-
-    def epoch(self, epoch: int):
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(epoch))
-        for step in order[: self.batch * self.steps].view(self.steps, self.batch):
-            mine = step[self.process.rank :: self.process.world_size]
-            yield self.images[mine], self.labels[mine]
-
-
-def tune(encoder, recipe=QUICK, *, process=ALONE, train=TRAIN, batch=8, steps=2, micro_batch=64, seed=0):
-    predictions = fine_tune(
-        encoder,
-        Shares(process, *train, batch, steps),
-        [VAL[0][process.rank :: process.world_size]],
-        num_classes=CLASSES,
-        recipe=recipe,
-        micro_batch=micro_batch,
-        seed=seed,
-        process=process,
-        progress=Progress(1, name="fine-tuning", enabled=False),
-    )
+def tune(encoder, recipe=QUICK, *, process=ALONE, train=TRAIN, batch=8, micro_batch=64, seed=0) -> torch.Tensor:
+    inputs = CachedInputs(*train, batch=batch, seed=seed, process=process)
+    validation = [VAL[0][process.rank :: process.world_size]]
+    progress = Progress(1, name="fine-tuning", enabled=False)
+    predictions = fine_tune(encoder, inputs, validation, recipe, progress, micro_batch=micro_batch)
     assert predictions.shape == (len(VAL[1]),)
     return predictions
 
@@ -107,7 +82,7 @@ def test_the_first_step_is_torchs_adamw():
     encoder, plain, head = tiny_encoder(), tiny_encoder(), nn.Linear(32, CLASSES)
     initialize(head, torch.Generator().manual_seed(5))
     images, labels = TRAIN
-    tune(encoder, recipe, batch=22, steps=1, seed=5, micro_batch=7)
+    tune(encoder, recipe, batch=22, seed=5, micro_batch=7)
     loss = F.cross_entropy(head(plain(images).mean(1)), labels, label_smoothing=0.1)
     loss.backward()
     # One step of AdamW from nothing: the sign of the gradient times lr, and the decay. Cosine at step 1 of 2: half.

@@ -7,7 +7,7 @@ import torch
 
 from ijepa_ds.distributed import Process
 from ijepa_ds.evaluation.inputs import CachedInputs
-from ijepa_ds.evaluation.probes.head_training import TrainedHeads, train_heads
+from ijepa_ds.evaluation.probes.head_training import train_heads
 from ijepa_ds.evaluation.probes.recipes import Recipe
 from ijepa_ds.progress import Progress
 
@@ -23,18 +23,10 @@ def problem() -> tuple[torch.Tensor, torch.Tensor]:
     return rows, scores.argmax(dim=1)
 
 
-def trained(problem: tuple[torch.Tensor, torch.Tensor], recipe: Recipe, progress: Progress) -> TrainedHeads:
+def trained(problem: tuple[torch.Tensor, torch.Tensor], recipe: Recipe, progress: Progress):
     rows, labels = problem
-    return train_heads(
-        CachedInputs(rows[:2000], labels[:2000], batch=recipe.batch, seed=0, process=ALONE),
-        (rows[2000:], labels[2000:]),
-        views={"all": slice(None), "half": slice(WIDTH // 2)},
-        num_classes=4,
-        recipe=recipe,
-        process=ALONE,
-        seed=0,
-        progress=progress,
-    )
+    inputs = CachedInputs(rows[:2000], labels[:2000], batch=recipe.batch, seed=0, process=ALONE)
+    return train_heads(inputs, rows[2000:], {"all": slice(None), "half": slice(WIDTH // 2)}, recipe, progress)
 
 
 def test_the_heads_find_scikit_learns_answer(problem):
@@ -43,16 +35,14 @@ def test_the_heads_find_scikit_learns_answer(problem):
     reference = linear_model.LogisticRegression(C=1 / (5e-4 * 2000), tol=1e-6, max_iter=5000)
     theirs = 100 * reference.fit(rows[:2000], labels[:2000]).score(rows[2000:], labels[2000:])
     recipe = Recipe("sgd", 60, 250, (0.1,), (5e-4,), None, lr_scales=("as given",))
-    heads = trained(problem, recipe, Progress(1, enabled=False))
-    assert 40 < theirs < 90 and heads.images_per_second > 0
-    assert heads.predictions.shape == (2000, len(heads.grid)) == (2000, 4)
-    for number, head in enumerate(heads.grid):
-        right = 100 * float((heads.predictions[:, number] == problem[1][2000:]).double().mean())
-        assert head["value"] == pytest.approx(right)
+    heads, predictions, rate = trained(problem, recipe, Progress(1, enabled=False))
+    assert 40 < theirs < 90 and rate > 0 and len(heads) == 4
+    for head, classes in zip(heads, predictions, strict=True):
+        value = 100 * float((classes == problem[1][2000:]).double().mean())
         if head["features"] == "all":
-            assert head["value"] == pytest.approx(theirs, abs=0.3), head
+            assert value == pytest.approx(theirs, abs=0.3), head
         else:
-            assert head["value"] < theirs - 5
+            assert value < theirs - 5
 
 
 def test_progress_counts_images_and_says_the_lowest_loss(problem, capsys):

@@ -11,6 +11,7 @@ from timm.optim import Lars
 from torch import nn
 
 from ijepa_ds.distributed import Process
+from ijepa_ds.evaluation.inputs import CachedInputs
 from ijepa_ds.evaluation.probes import heads as heads_module
 from ijepa_ds.evaluation.probes.heads import HeadGrid, HeadStack
 from ijepa_ds.evaluation.probes.recipes import COUNT, DEPTH, LINEAR, PRESETS, Head, Recipe
@@ -32,7 +33,11 @@ def batches(num_rows: int = 40) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def grid_of(optimizer: str, lrs: tuple[float, ...], weight_decays: tuple[float, ...]) -> HeadGrid:
     recipe = Recipe(optimizer, 5, 40, lrs, weight_decays, (2, 4), lr_scales=("as given",))
     heads = recipe.heads(("last", "last4"))
-    return HeadGrid(heads, VIEWS, WIDTH, CLASSES, optimizer=optimizer, process=PROCESS, seed=3)
+    return HeadGrid(heads, VIEWS, WIDTH, inputs_of(PROCESS), optimizer=optimizer)
+
+
+def inputs_of(process: Process) -> CachedInputs:
+    return CachedInputs(torch.zeros(40, WIDTH), torch.arange(40) % CLASSES, batch=40, seed=3, process=process)
 
 
 def module_like(stack: HeadStack) -> nn.Sequential:
@@ -51,7 +56,7 @@ def test_each_head_of_the_grid_is_what_it_would_be_on_its_own(optimizer, monkeyp
     modules = [(stack, [module_like(stack) for _ in stack.heads]) for stack in grid.stacks]
     starts = [stack.weight.clone() for stack in grid.stacks]
     losses = [grid.step(*batch, total=40, lr_factor=f) for batch, f in zip(batches(), factors, strict=True)]
-    assert len(grid.order) == len(grid.heads) == 24 == len(losses[0])
+    assert len(grid.order) == 24 == len(losses[0])
     position = 0
     for (stack, singles), start in zip(modules, starts, strict=True):
         columns = VIEWS[stack.heads[0].features]
@@ -128,8 +133,8 @@ def step_on_ranks() -> list[torch.Tensor]:
 
 
 def step_on(process: Process) -> list[torch.Tensor]:
-    heads = LINEAR.fitted_to(256).heads(("last", "last4"))
-    grid = HeadGrid(heads, VIEWS, WIDTH, CLASSES, optimizer="lars", process=process, seed=3)
+    heads = LINEAR.adapted(batch=256).heads(("last", "last4"))
+    grid = HeadGrid(heads, VIEWS, WIDTH, inputs_of(process), optimizer="lars")
     for rows, labels in batches(41):  # not divisible: the ranks' shares differ
         mine = slice(process.rank, None, process.world_size)
         loss = grid.step(rows[mine], labels[mine], total=41, lr_factor=1.0)
@@ -162,7 +167,7 @@ def test_the_linear_grid_has_48_heads_with_both_readings_of_the_rate():
     assert len(heads) == len(set(heads)) == 48
     assert {head.lr for head in heads} == {0.05, 0.01, 0.001, 3.2, 0.64, 0.064}
     assert {head.lr for head in COUNT.heads(("last",))} == {0.01}
-    small = LINEAR.fitted_to(256)  # the two readings are one
+    small = LINEAR.adapted(batch=256)  # the two readings are one
     assert small.batch == 256 and len(small.heads(("last", "last4"))) == 24
     assert dataclasses.replace(LINEAR, batch=100).heads(("x",))[0] == Head("x", "linear", 0.05, 5e-4)
 

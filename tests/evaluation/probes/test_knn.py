@@ -23,7 +23,7 @@ def accuracies(
     bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, labels: torch.Tensor, ks: list[int]
 ) -> dict[int, float]:
     cosine, index = nearest_neighbours(bank, queries, k=max(ks))
-    votes = {k: vote(cosine, bank_labels[index], k=k, num_classes=5) for k in ks}
+    votes = {k: vote(cosine, bank_labels[index], k=k) for k in ks}
     return {k: 100.0 * float((classes == labels).double().mean()) for k, classes in votes.items()}
 
 
@@ -75,5 +75,5 @@ def test_a_small_bank_clips_k_and_says_so():
 def test_a_tiny_temperature_is_the_nearest_neighbour():
     bank, bank_labels = clusters(100, seed=1)
     cosine, index = nearest_neighbours(bank, bank, k=50)
-    classes = vote(cosine, bank_labels[index], k=50, num_classes=5, temperature=1e-4)
+    classes = vote(cosine, bank_labels[index], k=50, temperature=1e-4)
     assert torch.equal(classes, bank_labels)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.probes.logistic import FIXED_STRENGTH, STRENGTHS, Fit, logistic_regression
@@ -65,7 +65,7 @@ def fitted(split: Split, *, seed: int = 0, **options) -> tuple[Fit, torch.Tensor
     space = standardise(features)
     held_out = options.pop("held_out", None)
     held_out = [held_out_part(labels, seed=seed)] if held_out is None else held_out
-    fit = logistic_regression(space, labels, num_classes=int(labels.max()) + 1, held_out=held_out, **options)
+    fit = logistic_regression(space, labels, held_out=held_out, **options)
     return fit, fit.logits(space.apply(others))
 
 
@@ -97,11 +97,9 @@ def test_the_strength_is_that_of_least_loss_on_what_was_held_out(classes):
     for l2 in STRENGTHS:
         kept = features[~part], labels[~part], features[part], labels[part]
         reference = scikit_learns(kept, l2)
-        losses[l2] = -reference.predict_log_proba(features[part].double().numpy())[
-            np.arange(int(part.sum())), labels[part].numpy()
-        ]
-    means = {l2: float(loss.mean()) for l2, loss in losses.items()}
-    assert fitted(classes, seed=3)[0].l2 == min(means, key=means.__getitem__)
+        logs = torch.from_numpy(reference.predict_log_proba(features[part].double().numpy()))
+        losses[l2] = float(F.nll_loss(logs, labels[part]))
+    assert fitted(classes, seed=3)[0].l2 == min(losses, key=losses.__getitem__)
 
 
 def test_noisy_features_choose_a_strong_penalty():

@@ -22,8 +22,7 @@ CLASSES = [3, 5, 8]
 NUM_IMAGES = 23
 
 
-def process(rank: int = 0, world_size: int = 1) -> Process:
-    return Process(rank, world_size, torch.device("cpu"))
+ALONE = Process(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +34,11 @@ def beton(make_beton, tmp_path_factory) -> Path:
     return path
 
 
-def setting_of(path: Path, *options: object, of: Process | None = None) -> Setting:
+def setting_of(path: Path, *options: object) -> Setting:
     arguments = ["--checkpoint", "x", "--task", "lowshot", "--seed", "7", "--micro-batch", "4", *map(str, options)]
-    parsed, of = build_parser().parse_args(arguments), of or process()
-    limits = parsed.train_images, None
-    size = {"image_size": (16, 16), "micro_batch": parsed.micro_batch, "num_workers": 1}
-    data = LabelledData((str(path), str(path)), limits=limits, process=of, **size)
-    return Setting(parsed, parse_config(tiny_config()), data, of)
+    parsed = build_parser().parse_args([*arguments, "--train", str(path), "--validation", str(path)])
+    config = parse_config(tiny_config(ijepa__data__image_size=16))
+    return Setting(parsed, config, LabelledData(parsed, config, ALONE), ALONE)
 
 
 def test_each_draw_has_so_many_images_of_every_class(beton):
