@@ -35,12 +35,11 @@ from ijepa_ds.config import parse_config  # noqa: E402
 from ijepa_ds.data.beton import inspect_dataset  # noqa: E402
 from ijepa_ds.data.image_loader import ImageLoader  # noqa: E402
 from ijepa_ds.distributed import Process, share_cpu_threads  # noqa: E402
-from ijepa_ds.evaluation.candidates import Encoder, pooled_features  # noqa: E402
+from ijepa_ds.evaluation.candidates import Candidate, pooled_features  # noqa: E402
 from ijepa_ds.evaluation.features import extract_features  # noqa: E402
-from ijepa_ds.evaluation.inputs import AugmentedFeatures  # noqa: E402
-from ijepa_ds.evaluation.probes.heads import HeadGrid, steps_per_epoch  # noqa: E402
+from ijepa_ds.evaluation.inputs import AugmentedInputs  # noqa: E402
+from ijepa_ds.evaluation.probes.heads import HeadGrid  # noqa: E402
 from ijepa_ds.evaluation.probes.recipes import LINEAR  # noqa: E402
-from ijepa_ds.random_streams import permutation  # noqa: E402
 from ijepa_ds.run.provenance import git_commit, versions  # noqa: E402
 
 
@@ -65,11 +64,19 @@ def main() -> None:
             lambda: bare_forward(encoder, options, len(samples), device),
             lambda: extract_features(encoder.forward, loader, samples, process),
         )
-        augmented = AugmentedFeatures(encoder, ImageLoader(dataset, augment=True, seed=0, **shared), samples, device)
+        inputs = AugmentedInputs(
+            ImageLoader(dataset, augment=True, seed=0, **shared),
+            samples,
+            torch.from_numpy(samples % options.classes),
+            encoder.forward,
+            batch=min(options.batch, len(samples)),
+            seed=0,
+            process=process,
+        )
         one, all_heads = in_turns(
             options.repeats,
-            lambda: epoch(augmented, encoder, options, process, num_heads=1),
-            lambda: epoch(augmented, encoder, options, process, num_heads=48),
+            lambda: epoch(inputs, encoder, num_heads=1),
+            lambda: epoch(inputs, encoder, num_heads=48),
         )
     result = {
         "extraction": {
@@ -109,7 +116,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_encoder(options: argparse.Namespace, device: torch.device) -> Encoder:
+def make_encoder(options: argparse.Namespace, device: torch.device) -> Candidate:
     """A bf16 encoder of random weights: its cost does not depend on them."""
     config = parse_config(
         {
@@ -124,9 +131,8 @@ def make_encoder(options: argparse.Namespace, device: torch.device) -> Encoder:
         }
     )
     module = build_encoder(config).to(device, torch.bfloat16).eval().requires_grad_(False)
-    width = module.embed_dim
-    views = {"last": slice(-width, None), "last4": slice(None)}
-    return Encoder("random", 0, 4 * width, views, pooled_features(module, config), module)
+    views = {"last": slice(-module.embed_dim, None), "last4": slice(None)}
+    return Candidate("random", 0, views, pooled_features(module, config), module)
 
 
 def make_images(folder: Path, options: argparse.Namespace) -> str:
@@ -159,7 +165,7 @@ def in_turns(repeats: int, *sides) -> list[float]:
 
 
 @torch.no_grad()
-def bare_forward(encoder: Encoder, options: argparse.Namespace, num_images: int, device: torch.device) -> None:
+def bare_forward(encoder: Candidate, options: argparse.Namespace, num_images: int, device: torch.device) -> None:
     """The transformer alone, on a batch that is there."""
     size = options.image_size
     images = torch.zeros(options.micro_batch, 3, size, size, device=device, dtype=torch.bfloat16)
@@ -167,11 +173,9 @@ def bare_forward(encoder: Encoder, options: argparse.Namespace, num_images: int,
         encoder.module(images[: num_images - start])
 
 
-def epoch(
-    augmented: AugmentedFeatures, encoder: Encoder, options: argparse.Namespace, process: Process, *, num_heads: int
-) -> None:
+def epoch(inputs: AugmentedInputs, encoder: Candidate, *, num_heads: int) -> None:
     """One epoch of the linear protocol with the first ``num_heads`` heads of its grid."""
-    recipe = dataclasses.replace(LINEAR, batch=options.batch, lrs=LINEAR.lrs if num_heads > 1 else (0.05,))
+    recipe = dataclasses.replace(LINEAR, batch=inputs.batch, lrs=LINEAR.lrs if num_heads > 1 else (0.05,))
     # At a batch of 256 the protocol's two readings of a rate are one: here they are always two.
     heads = [
         dataclasses.replace(head, lr=head.lr * factor)
@@ -179,12 +183,9 @@ def epoch(
         for head in dataclasses.replace(recipe, lr_scales=("as given",)).heads(("last", "last4"))
     ][:num_heads]
     assert len(heads) == num_heads
-    grid = HeadGrid(heads, encoder.views, encoder.width, options.classes, optimizer="lars", process=process, seed=0)
-    steps = steps_per_epoch(len(augmented.samples), options.batch)
-    order = permutation(0, 0, len(augmented.samples))[: steps * options.batch].reshape(steps, -1)
-    for rows, positions in zip(augmented.epoch(0, order), order, strict=True):
-        labels = torch.from_numpy(positions % options.classes).to(process.device)
-        grid.step(rows, labels, total=len(rows), lr_factor=1.0)
+    grid = HeadGrid(heads, encoder.views, 4 * encoder.module.embed_dim, inputs, optimizer="lars")
+    for rows, labels in inputs.epoch(0):
+        grid.step(rows, labels.to(rows.device), total=len(rows), lr_factor=1.0)
 
 
 if __name__ == "__main__":
