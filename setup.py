@@ -22,7 +22,9 @@ setup(
         # Exact: we read the optimizer's internals, and the loader's, whose names change between releases.
         "deepspeed==0.19.8",
         "ffcv==1.0.2",
-        "torch>=2.14",
+        # The oldest that was tried. 2.11 draws other initial weights from a seed than later ones: the golden losses are
+        # not its, and their tests are skipped.
+        "torch>=2.11",
         "torchvision",  # timm and ffcv import it
         "timm>=1.0",
         "psutil",  # deepspeed needs it too

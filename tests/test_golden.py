@@ -11,12 +11,24 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from distributed_runs import FOLDER, launch_training, once, run_folder, tiny_config
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.txt"
 STEPS, SCENES = 20, 64
 # One order of every sum on every x86 processor with AVX2.
 SAME_ARITHMETIC = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+
+def draws_the_weights_of_the_golden_losses() -> bool:
+    """Since 2.12 torch's trunc_normal_ draws other numbers from a generator than before."""
+    weight = torch.nn.init.trunc_normal_(torch.empty(1), std=0.02, generator=torch.Generator().manual_seed(0))
+    return abs(float(weight) - 0.0308) < 1e-4
+
+
+same_weights = pytest.mark.skipif(
+    not draws_the_weights_of_the_golden_losses(), reason="this torch draws other initial weights from a seed"
+)
 
 
 @once
@@ -77,16 +89,19 @@ def test_the_batches_are_those_of_the_golden_losses():
     assert digest_of_batches() == golden()[0], "scenes, order, crops or masks have changed: so will the losses"
 
 
+@same_weights
 def test_one_rank_has_the_golden_losses():
     assert losses(1) == golden()[1]
 
 
+@same_weights
 def test_two_ranks_have_them_up_to_the_order_of_sums():
     found = losses(2)
     assert len(found) == STEPS
     assert found == pytest.approx(golden()[1], rel=1e-6)
 
 
+@same_weights
 def test_a_run_stopped_by_an_earlier_version_goes_on_bit_for_bit():
     """golden/format_1: this run after ten steps, written before the package had wings."""
     config = golden_config("before_wings")
