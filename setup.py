@@ -22,6 +22,7 @@ setup(
         # Exact: we read the optimizer's internals, and the loader's, whose names change between releases.
         "deepspeed==0.19.8",
         "ffcv==1.0.2",
+        # Below 2.12 trunc_normal_ draws otherwise, so a seed gives other initial weights; 2.12 and 2.13 are not tested.
         "torch>=2.14",
         "torchvision",  # timm and ffcv import it
         "timm>=1.0",
