@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 NUM_IMAGES = 67  # 4 steps of 16 images an epoch, three images left over
 GLOBAL_BATCH = 16
+PATIENCE = 1800.0  # seconds until something is taken to hang: a slow machine must not meet it
 _PRELOADED = ["torch", "deepspeed", "ijepa_ds.train", "ijepa_ds.evaluation.command", "torch.utils.tensorboard"]
 
 if "IJEPA_DS_TESTS" in os.environ:  # in one of the processes started here
@@ -211,7 +212,7 @@ def _leave(code: int) -> None:
 def _run_forked(function: Callable, *arguments: Any) -> None:
     output = FOLDER / f"output_{time.monotonic_ns()}"
     process = _start(function, arguments, {}, output)
-    process.join(120)
+    process.join(PATIENCE)
     assert process.exitcode == 0, output.read_text()
 
 
@@ -228,7 +229,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def run_ranks(function: Callable, world_size: int, *arguments: Any, timeout: float = 180) -> list[Any]:
+def run_ranks(function: Callable, world_size: int, *arguments: Any, timeout: float = PATIENCE) -> list[Any]:
     """Call ``function(*arguments)`` of a test file in ``world_size`` gloo processes; returns what each gave back."""
     out = FOLDER / f"ranks_{time.monotonic_ns()}"
     out.mkdir()
@@ -322,7 +323,7 @@ def run_training(
     num_processes: int = 1,
     *,
     prepare: Callable[[], None] | None = None,
-    timeout: float = 180,
+    timeout: float = PATIENCE,
 ) -> TrainingRun:
     """Train in forked processes, as ``run.py`` would; ``prepare`` is called in each before, to patch something."""
     out = FOLDER / f"training_{time.monotonic_ns()}"
@@ -358,7 +359,7 @@ def launch_training(
     num_processes: int | None,
     *,
     environment: dict[str, str] | None = None,
-    timeout: float = 180,
+    timeout: float = PATIENCE,
 ) -> TrainingRun:
     """Train as a user does: ``deepspeed --num_gpus N run.py``, or ``python run.py`` where ``num_processes`` is None.
 
@@ -399,7 +400,7 @@ def run_command_forked(*arguments: object) -> tuple[int, str]:
     """``python -m ijepa_ds ARGUMENTS`` in a forked process: exit code and output."""
     output = FOLDER / f"output_{time.monotonic_ns()}"
     process = _start(_run_module, (list(map(str, arguments)),), {}, output)
-    _wait([process], 180)
+    _wait([process], PATIENCE)
     return process.exitcode, output.read_text()
 
 

@@ -20,7 +20,7 @@ COMMANDS = ["setup", "demo", "test", "lint", "convert", "pretrain", "evaluate", 
 def run(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "DEEPSPEED_ARGS")}
     return subprocess.run(
-        arguments, cwd=cwd, env=clean | env, text=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=120
+        arguments, cwd=cwd, env=clean | env, text=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=1800
     )
 
 
@@ -170,7 +170,7 @@ def test_a_signal_lets_the_ranks_save_before_anything_ends(clone: Path, number: 
     fake_deepspeed(clone, GRACEFUL)
     process, rank = start_pretrain(clone)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, output  # the launcher's own exit code: the signal never reached it
     assert (clone / "saved").exists()
     assert not is_alive(rank)
@@ -183,7 +183,7 @@ def test_a_second_interrupt_kills_ranks_that_do_not_leave(clone: Path) -> None:
     wait_for(clone / "asked")
     assert is_alive(rank)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=1800)
     assert process.returncode == 128 + signal.SIGKILL
     assert not is_alive(rank)
 
@@ -191,7 +191,7 @@ def test_a_second_interrupt_kills_ranks_that_do_not_leave(clone: Path) -> None:
 def test_no_rank_outlives_its_launcher(clone: Path) -> None:
     fake_deepspeed(clone, GRACEFUL, launcher=f"until [ -s '{clone}/pid' ]; do sleep 0.1; done; kill -KILL $$ #")
     process, rank = start_pretrain(clone)
-    process.communicate(timeout=60)
+    process.communicate(timeout=1800)
     assert process.returncode == 128 + signal.SIGKILL
     assert (clone / "saved").exists()
     assert not is_alive(rank)

@@ -421,7 +421,7 @@ def test_refusals_of_source_and_out(classes: Path, tmp_path: Path) -> None:
 
 def test_a_mistake_on_the_command_line_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "data_prep" / "to_ffcv.py"), "missing", "out.beton"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=1800)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == "error: SOURCE missing does not exist: check the path\n"
 
