@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from distributed_runs import tiny_config
 from ijepa_ds.config import parse_config
 from ijepa_ds.distributed import Process
 from ijepa_ds.evaluation import plots
+from ijepa_ds.evaluation.command import build_parser
 from ijepa_ds.evaluation.data import LabelledData
 from ijepa_ds.evaluation.illustrations import illustrate
 from ijepa_ds.evaluation.results import Baseline, Results, TaskResult
@@ -26,10 +26,10 @@ def setting(make_beton: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     labels = {"label": [k % 3 for k in range(12)]}
     path = make_beton(tmp_path_factory.mktemp("pictures") / "a.beton", 12, (16, 16), labels, write_mode="raw")
     process = Process(0, 1, torch.device("cpu"))
-    data = LabelledData(
-        (str(path), str(path)), limits=(6, None), image_size=(16, 16), micro_batch=5, num_workers=1, process=process
-    )
-    return Setting(argparse.Namespace(crop_share=None), parse_config(tiny_config()), data, process)
+    arguments = ["--checkpoint", "x", "--train-images", "6", "--micro-batch", "5"]
+    options = build_parser().parse_args([*arguments, "--train", str(path), "--validation", str(path)])
+    config = parse_config(tiny_config(ijepa__data__image_size=16))
+    return Setting(options, config, LabelledData(options, config, process), process)
 
 
 def task(name: str, label: str, **more: Any) -> TaskResult:
