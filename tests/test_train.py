@@ -94,7 +94,7 @@ def test_the_run_folder(run) -> None:
     assert pictures == [f"{kind}_{step:08d}.png" for kind in ("features", "masks") for step in (1, 4, 8)]
     assert (folder / "export" / "target_encoder.safetensors").stat().st_size > 10_000
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
-    unfinished = [str(path) for path in folder.rglob("*") if "tmp" in path.name or path.name.endswith(".new")]
+    unfinished = [str(path) for path in folder.rglob("*") if "tmp" in path.name or ".partial" in path.name]
     assert not unfinished
 
 
