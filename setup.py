@@ -29,6 +29,7 @@ setup(
         "timm>=1.0",
         "psutil",  # deepspeed needs it too
         "pydantic>=2.10",  # DeepSpeed brings it; checks configurations
+        "typing_extensions",
         "numpy",
         "numba",
         "safetensors",
