@@ -28,7 +28,7 @@ from ijepa_ds.run.folder import read_run_config
 
 CONFIG = "ds_configs/scenes_tiny.json"
 # Enough images for a probe of 512 features; random encoders enough to estimate a deviation.
-PROBE = ["--train-images", "8000", "--random-seeds", "5"]
+PROBE = ["--train-images", "5000", "--random-seeds", "5"]
 
 
 class Stopped(Exception):
