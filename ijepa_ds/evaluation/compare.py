@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
@@ -128,7 +128,10 @@ def compare(runs: Sequence[Results], *, names: Sequence[str]) -> Comparison:
 
 def _data(run: Results) -> str:
     """The files that a run was measured on: what was asked for, or else the configuration's."""
-    data = run.config.get("ijepa", {}).get("data", {})
+    data: Any = run.config
+    for key in ("ijepa", "data"):  # a file that somebody has edited may hold anything there
+        data = data.get(key) if isinstance(data, dict) else None
+    data = data if isinstance(data, dict) else {}
     return " + ".join(str(run.options.get(key) or data.get(key)) for key in ("train", "validation"))
 
 

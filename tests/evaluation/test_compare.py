@@ -66,6 +66,12 @@ def test_what_was_not_measured_alike_is_warned_of() -> None:
     assert warnings[2] == "linear label: train images differ (500, 1,000)" and len(warnings) == 3
 
 
+@pytest.mark.parametrize("config", [{"ijepa": 3}, {"ijepa": {"data": [1]}}, {}])
+def test_a_configuration_that_says_nothing_of_data_is_no_traceback(config: dict[str, Any]) -> None:
+    comparison = compare([results_of(), results_of(config=config)], names=["a", "b"])
+    assert "b and a differ in the data measured: None + None and a.beton + b.beton" in comparison.warnings
+
+
 def test_tasks_that_one_run_lacks_are_dashes() -> None:
     less, more = results_of(), results_of()
     del less.tasks[0]
