@@ -31,7 +31,7 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "deepspeed": {"engine.zero"},
-    "ffcv": {"data", "data.beton", "data.ffcv_pipeline"},
+    "ffcv": {"data.beton", "data.ffcv_pipeline"},
 }
 
 

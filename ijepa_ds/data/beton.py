@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
-from ffcv.fields import FloatField, IntField, RGBImageField
-from ffcv.reader import Reader
 
 from ijepa_ds.errors import UserError
+
+# FFCV keeps two constants in a dictionary of numba's, which compiles for three seconds and more in every process that
+# imports it. No compiled code reads them, so a dictionary of Python's does as well.
+with mock.patch("numba.typed.Dict", dict):
+    from ffcv.fields import FloatField, IntField, RGBImageField
+    from ffcv.reader import Reader
 
 
 @dataclass(frozen=True)
