@@ -534,6 +534,7 @@ CHANGEABLE = {
     "steps_per_print": 5,
     "ijepa__run__folder": "elsewhere",
     "ijepa__run__stop_after_steps": 5,
+    "ijepa__run__deterministic": True,
     "ijepa__data__train": "moved.beton",
     "ijepa__data__validation": "val.beton",
     "ijepa__data__workers": 3,
