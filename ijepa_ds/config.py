@@ -328,8 +328,8 @@ def _for_deepspeed(raw: dict[str, Any]) -> dict[str, Any]:
     config["zero_allow_untested_optimizer"] = True  # torch's AdamW
     zero = config["zero_optimization"]
     if zero.get("stage", 0):
-        zero.setdefault("reduce_bucket_size", 200_000_000)  # the default of 5e8 elements takes 1 to 2 GB
-        zero.setdefault("allgather_bucket_size", 200_000_000)
+        # A bucket travels while backward goes on, all but the last one: few large ones (5e8 by default) overlap little.
+        zero.setdefault("reduce_bucket_size", 50_000_000)
         if config["bf16"].get("enabled"):
             config["data_types"].setdefault("grad_accum_dtype", "fp32")  # bf16 sums lose small gradients
     return config

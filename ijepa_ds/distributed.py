@@ -90,6 +90,32 @@ def on_any_rank(flags: list[bool], process: Process) -> list[bool]:
     return [bool(count) for count in counts]
 
 
+class Votes:
+    """What :func:`on_any_rank` tells, one question late: no rank waits for the slowest one at every step."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self._asked: tuple[torch.Tensor, dist.Work | None] | None = None
+
+    def ask(self, flags: list[bool]) -> list[bool]:
+        """Of each flag that was given to the call before, whether it held on any rank; false at the first call.
+
+        A lone process hears of its flags at once.
+        """
+        if self.process.world_size == 1:
+            return flags
+        before = self._asked
+        counts = torch.tensor(flags, dtype=torch.int32)
+        work = dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.process.control, async_op=True)
+        self._asked = counts, work
+        if before is None:
+            return [False] * len(flags)
+        counts, work = before
+        if work is not None:  # as torch's types have it
+            work.wait()
+        return [bool(count) for count in counts]
+
+
 def mean_over_ranks(value: torch.Tensor, process: Process) -> float:
     """The mean of a scalar over all ranks: waits for the device."""
     mean = value.detach().float().cpu()

@@ -31,7 +31,7 @@ from ijepa_ds.build import (
 from ijepa_ds.config import Config, load_config
 from ijepa_ds.data.beton import Dataset, inspect_dataset
 from ijepa_ds.data.pretraining_loader import Batch, PretrainingLoader
-from ijepa_ds.distributed import Process, from_main, leave_to_main_process, on_any_rank
+from ijepa_ds.distributed import Process, Votes, from_main, leave_to_main_process
 from ijepa_ds.engine.checkpoint import load
 from ijepa_ds.engine.checkpoint_files import checkpoint_step
 from ijepa_ds.engine.trainable import Outcome, Trainable
@@ -155,7 +155,7 @@ class Run:
         )
         saved_step = -1 if self.checkpoint is None else first_step
         self.saver = Saver(self.folder.checkpoints, config.ijepa.checkpoint, process, saved_step=saved_step)
-        self.losses = LossSum(process)
+        self.losses, self.votes = LossSum(process), Votes(process)
         self._batch: Batch | None = None
         self._outcome: Outcome | None = None
 
@@ -195,8 +195,8 @@ class Run:
             self._log(step, now, outcome, self._batch)
         with self.meter.pause():
             self.observer.after_step(step, self._batch, self.trainable.features, last=last)
-            stop, save = on_any_rank([self.stop.requested is not None, self.saver.due(step)], self.process)
-            if (save or stop) and not last:
+            stop, late = self.votes.ask([self.stop.requested is not None, self.saver.due_by_time()])
+            if (stop or late or self.saver.due_by_steps(step)) and not last:
                 self._save(step)
         if stop and not last:
             signal = self.stop.requested or "another rank"

@@ -92,8 +92,7 @@ def test_what_deepspeed_would_choose_otherwise_is_filled_in():
     assert zero["data_types"] == {"grad_accum_dtype": "fp32"}
     assert zero["zero_optimization"] == {
         "stage": 2,
-        "reduce_bucket_size": 200_000_000,
-        "allgather_bucket_size": 200_000_000,
+        "reduce_bucket_size": 50_000_000,
     }
     assert parse_config(raw(zero_optimization={"stage": 2})).deepspeed["data_types"] == {}
 
