@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -95,7 +96,7 @@ class Votes:
 
     def __init__(self, process: Process) -> None:
         self.process = process
-        self._asked: tuple[torch.Tensor, dist.Work | None] | None = None
+        self._asked: tuple[np.ndarray, dist.Work | None] | None = None
 
     def ask(self, flags: list[bool]) -> list[bool]:
         """Of each flag that was given to the call before, whether it held on any rank; false at the first call.
@@ -105,15 +106,15 @@ class Votes:
         if self.process.world_size == 1:
             return flags
         before = self._asked
-        counts = torch.tensor(flags, dtype=torch.int32)
-        work = dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.process.control, async_op=True)
-        self._asked = counts, work
+        counts = np.array(flags, np.int32)
+        tensor = torch.from_numpy(counts)  # the same memory
+        self._asked = counts, dist.all_reduce(tensor, dist.ReduceOp.MAX, self.process.control, async_op=True)
         if before is None:
             return [False] * len(flags)
         counts, work = before
         if work is not None:  # as torch's types have it
             work.wait()
-        return [bool(count) for count in counts]
+        return counts.astype(bool).tolist()
 
 
 def mean_over_ranks(value: torch.Tensor, process: Process) -> float:
