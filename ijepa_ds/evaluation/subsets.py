@@ -6,16 +6,14 @@ arXiv 2204.07141) or n images a class, drawn by a seed.
 
 from __future__ import annotations
 
-import gzip
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ijepa_ds.data.beton import Dataset
+from ijepa_ds.data.beton import Dataset, read_names
 from ijepa_ds.errors import UserError, some
 from ijepa_ds.evaluation.labels import Classes
 from ijepa_ds.evaluation.setting import Setting, any_classes
@@ -101,7 +99,7 @@ def samples_of_list(split_list: str | Path, dataset: Dataset) -> np.ndarray:
     if not wanted:
         raise UserError(f"{split_list} names no files: give a list with one image file name per line")
     samples: dict[str, int] = {}
-    for sample, path in enumerate(_names(dataset)):
+    for sample, path in enumerate(read_names(dataset)):
         name = path if path in wanted else os.path.basename(path)
         if name in samples:
             raise UserError(
@@ -116,22 +114,3 @@ def samples_of_list(split_list: str | Path, dataset: Dataset) -> np.ndarray:
             "give the list of this data set, and convert it without --limit and --skip-unreadable"
         )
     return np.array(sorted(samples.values()), np.int64)
-
-
-def _names(dataset: Dataset) -> list[str]:
-    """The path below SOURCE of the file that each sample came from, as data_prep/to_ffcv.py wrote it."""
-    path = Path(f"{dataset.path}.names.gz")
-    if not path.is_file():
-        raise UserError(
-            f"{path} is missing, so files cannot be found by name: copy it along with {dataset.path}, or, where that "
-            "was made before data_prep/to_ffcv.py wrote names, convert it again"
-        )
-    try:
-        lines = gzip.decompress(path.read_bytes()).split(b"\n")[:-1]  # the last line ends in a line break too
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}): convert {dataset.path} again") from error
-    if len(lines) != dataset.num_samples:
-        raise UserError(
-            f"{path} names {len(lines)} files for the {dataset.num_samples} samples of {dataset.path}: convert it again"
-        )
-    return [os.fsdecode(line) for line in lines]
