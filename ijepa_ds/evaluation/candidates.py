@@ -26,28 +26,22 @@ BLOCKS = 4  # whose outputs `last4` holds
 
 
 @dataclass(frozen=True)
-class Name:
-    """Which of the candidates; only this is kept of one that was measured."""
-
-    name: str  # "trained", "random" or "pixels"
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.seed}" if self.name == "random" else self.name
-
-
-@dataclass(frozen=True)
-class Candidate(Name):
+class Candidate:
     """Something that turns images into features; ``views`` names columns of these.
 
     ``module`` is the transformer itself, for tasks that need more than pooled features, and ``build`` makes it anew in
     float32, to be trained; None for raw pixels.
     """
 
+    name: str  # "trained", "random" or "pixels"
+    seed: int
     views: dict[str, slice]
     forward: Callable[[Tensor], Tensor]  # uint8 [B, H, W, 3] on the device -> [B, F]
     module: VisionTransformer | None = None
     build: Callable[[], VisionTransformer] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.seed}" if self.name == "random" else self.name
 
 
 def computing_dtype(config: Config, process: Process) -> torch.dtype:

@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -19,11 +20,11 @@ from ijepa_ds.build import working_dtype
 from ijepa_ds.data.ffcv_pipeline import DecodeError
 from ijepa_ds.distributed import Process, leave_to_main_process, share_cpu_threads
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.candidates import Name, candidates, computing_dtype
+from ijepa_ds.evaluation.candidates import candidates, computing_dtype
 from ijepa_ds.evaluation.data import LabelledData
 from ijepa_ds.evaluation.illustrations import illustrate, log_scalars
 from ijepa_ds.evaluation.probes.recipes import PRESETS
-from ijepa_ds.evaluation.results import Results, combine, format_table
+from ijepa_ds.evaluation.results import Measurement, Results, combine, format_table
 from ijepa_ds.evaluation.setting import Setting
 from ijepa_ds.evaluation.subject import Subject, load_subject
 from ijepa_ds.evaluation.tasks import DEFAULT_TASKS, TASKS, check_tasks
@@ -151,7 +152,7 @@ def evaluate(options: argparse.Namespace, subject: Subject) -> Results | None:
     setting = Setting(options, config, data, process, say)
     say(f"measuring {subject.describe()}; tasks: {', '.join(options.task)}; labels: {', '.join(data.fields)}")
     check_tasks(setting, options.task)
-    measured, dtype = [], computing_dtype(config, process)
+    measured, dtype = defaultdict[str, list[Measurement]](list), computing_dtype(config, process)
     in_bf16 = working_dtype(config) == torch.bfloat16
     if warning := bf16_warning(in_bf16 and process.is_main, process.device, cure="the evaluation"):
         say(warning)
@@ -160,7 +161,7 @@ def evaluate(options: argparse.Namespace, subject: Subject) -> Results | None:
         measurements = [measurement for task in options.task for measurement in TASKS[task](setting, candidate)]
         # One of each task and label: --task linear --cached gives the logistic regression too.
         unique = {(measurement.task, measurement.label): measurement for measurement in measurements}
-        measured.append((Name(candidate.name, candidate.seed), list(unique.values())))
+        measured[candidate.name] += unique.values()
         say(f"{candidate}: measured in {time.monotonic() - began:.0f} s")  # no number without its baselines
     if not process.is_main:
         return None
