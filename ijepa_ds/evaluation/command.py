@@ -27,7 +27,7 @@ from ijepa_ds.evaluation.probes.recipes import PRESETS
 from ijepa_ds.evaluation.results import Measurement, Results, combine, format_table
 from ijepa_ds.evaluation.setting import Setting
 from ijepa_ds.evaluation.subject import Subject, load_subject
-from ijepa_ds.evaluation.tasks import DEFAULT_TASKS, TASKS, check_tasks
+from ijepa_ds.evaluation.tasks import DEFAULT_TASKS, TASKS
 from ijepa_ds.files import checksum
 from ijepa_ds.hardware import bf16_warning
 from ijepa_ds.run.provenance import versions
@@ -151,16 +151,19 @@ def evaluate(options: argparse.Namespace, subject: Subject) -> Results | None:
     data = LabelledData(options, config, process)
     setting = Setting(options, config, data, process, say)
     say(f"measuring {subject.describe()}; tasks: {', '.join(options.task)}; labels: {', '.join(data.fields)}")
-    check_tasks(setting, options.task)
+    prepared = {task: TASKS[task].prepare(setting) for task in options.task}  # before the first has run for hours
     measured, dtype = defaultdict[str, list[Measurement]](list), computing_dtype(config, process)
     in_bf16 = working_dtype(config) == torch.bfloat16
     if warning := bf16_warning(in_bf16 and process.is_main, process.device, cure="the evaluation"):
         say(warning)
     for candidate in candidates(subject, process, dtype, random_seeds=options.random_seeds):
         began = time.monotonic()
-        measurements = [measurement for task in options.task for measurement in TASKS[task](setting, candidate)]
         # One of each task and label: --task linear --cached gives the logistic regression too.
-        unique = {(measurement.task, measurement.label): measurement for measurement in measurements}
+        unique = {
+            (measurement.task, measurement.label): measurement
+            for task, classes in prepared.items()
+            for measurement in TASKS[task].measure(setting, candidate, classes)
+        }
         measured[candidate.name] += unique.values()
         say(f"{candidate}: measured in {time.monotonic() - began:.0f} s")  # no number without its baselines
     if not process.is_main:

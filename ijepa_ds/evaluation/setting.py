@@ -190,12 +190,16 @@ def class_fields(setting: Setting) -> list[str]:
     return fields
 
 
-def own_field(setting: Setting, name: str) -> str:
+def own_field(setting: Setting, name: str) -> list[str]:
     """The label of a task that has one of its own, unless another is asked for."""
-    labels = setting.options.label
-    if len(labels) > 1:
+    if len(setting.options.label) > 1:
         raise UserError(f"--task {name} measures one label: give --label once")
-    return labels[0] if labels else name
+    return setting.options.label or [name]
+
+
+def integer_classes(setting: Setting, field: str) -> Classes:
+    """A class for each number."""
+    return classes_of(field, *setting.data.labels(field))
 
 
 def any_classes(setting: Setting, field: str) -> Classes:
