@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from ijepa_ds.evaluation.inputs import AugmentedInputs, CachedInputs
 from ijepa_ds.evaluation.labels import CLEVR_EDGES, KEPT_CLASSES, Classes, binned, classes_of
 from ijepa_ds.evaluation.probes.recipes import Recipe
 from ijepa_ds.evaluation.results import Head, Measurement, best_of, mean_and_deviation
-from ijepa_ds.method.ijepa import normalize_images
 from ijepa_ds.progress import Progress
 
 
@@ -128,12 +126,6 @@ class Setting:
         samples = samples if positions is None else samples[positions]
         seed = self.seed if seed is None else seed
         return AugmentedInputs(loader, samples, labels, prepare, batch=batch, seed=seed, process=self.process)
-
-    def normalize(self) -> Callable[[Tensor], Tensor]:
-        """Make the function from uint8 images on the device [B, H, W, 3] to the encoder's input [B, 3, H, W], fp32."""
-        data = self.config.ijepa.data
-        mean, std = (torch.tensor(values, device=self.process.device) for values in (data.mean, data.std))
-        return functools.partial(normalize_images, mean=mean, std=std, dtype=torch.float32)
 
     def measurement(
         self,

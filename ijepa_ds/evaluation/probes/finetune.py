@@ -21,7 +21,7 @@ from ijepa_ds.progress import Progress
 
 
 @dataclass(frozen=True)
-class FineTuneRecipe:
+class FineTuneRecipe(Course):
     """The paper's, where it says something. ``lr`` is the head's; the batch is that of the inputs."""
 
     epochs: int = 50
@@ -39,8 +39,6 @@ def fine_tune(
     validation: Iterable[Tensor],
     recipe: FineTuneRecipe,
     progress: Progress,
-    *,
-    micro_batch: int,
 ) -> Tensor:
     """Train ``encoder`` (in place, in float32) and a new linear head; bf16 autocast on a GPU.
 
@@ -50,7 +48,6 @@ def fine_tune(
         validation: images, this process's ``samples[rank::world_size]``.
         recipe: the paper's, or with other numbers.
         progress: is shown the training images.
-        micro_batch: images computed at once.
 
     Returns:
         Predictions [n] after the last epoch: the best one would be chosen on the validation images.
@@ -67,8 +64,7 @@ def fine_tune(
     def logits(images: Tensor) -> Tensor:
         return encoder.head(encoder(images).mean(dim=1))[None]  # [1, B, C]
 
-    course = Course(recipe.epochs, recipe.warmup_epochs, recipe.label_smoothing, micro_batch)
-    fit(logits, optimizer, inputs, course, progress)
+    fit(logits, optimizer, inputs, recipe, progress)
     encoder.eval()
     return predict(logits, validation, num_classifiers=1, process=process)[0]
 

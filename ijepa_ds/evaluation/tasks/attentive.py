@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ijepa_ds.distributed import on_any_rank
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.candidates import Candidate
+from ijepa_ds.evaluation.candidates import Candidate, input_of_encoder
 from ijepa_ds.evaluation.data import SPLITS
 from ijepa_ds.evaluation.features import extract_features
 from ijepa_ds.evaluation.inputs import Inputs, central_crops
@@ -61,13 +61,13 @@ def _probe(
     setting: Setting, candidate: Candidate, module: VisionTransformer, field: str, classes: Classes
 ) -> Iterator[Measurement]:
     began, options, process, data = time.monotonic(), setting.options, setting.process, setting.data
-    prepare = setting.normalize()
+    prepare = input_of_encoder(setting.config, process.device, module.patch_embed.proj.weight.dtype)
     batch = min(options.batch or BATCH, len(classes.train))
 
     @torch.no_grad()
     def tokens(images: Tensor) -> Tensor:
         """Uint8 images on the device [B, H, W, 3] -> patch tokens [B, N, D] after the final norm."""
-        return module(prepare(images).to(module.patch_embed.proj.weight.dtype)).float()
+        return module(prepare(images)).float()
 
     loaders = {split: data.loader(split, crop_share=setting.share()) for split in SPLITS}
     if options.cached:

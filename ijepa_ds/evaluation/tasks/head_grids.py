@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ijepa_ds.evaluation.candidates import Candidate
 from ijepa_ds.evaluation.inputs import Inputs
 from ijepa_ds.evaluation.labels import Classes
-from ijepa_ds.evaluation.probes.head_training import train_heads
+from ijepa_ds.evaluation.probes.heads import train_heads
 from ijepa_ds.evaluation.probes.recipes import LINEAR, PRESETS, Recipe
 from ijepa_ds.evaluation.results import Measurement
 from ijepa_ds.evaluation.setting import Setting

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_ds.evaluation.candidates import Candidate
+from ijepa_ds.evaluation.candidates import Candidate, input_of_encoder
 from ijepa_ds.evaluation.inputs import central_crops
 from ijepa_ds.evaluation.labels import Classes
 from ijepa_ds.evaluation.probes.finetune import FineTuneRecipe, fine_tune
-from ijepa_ds.evaluation.probes.head_training import train_heads
+from ijepa_ds.evaluation.probes.heads import train_heads
 from ijepa_ds.evaluation.probes.recipes import LINEAR
 from ijepa_ds.evaluation.probes.standardise import folds
 from ijepa_ds.evaluation.results import Head, Measurement, best_of
@@ -31,7 +31,6 @@ from ijepa_ds.method.encoder import VisionTransformer
 
 FINETUNE_BATCH = 512  # the paper's
 FINETUNED = "finetuned"  # what stands for the kind of features where the encoder itself was trained
-MICRO_BATCH = 64  # images of a backward pass at once
 Method = tuple[list[Head], list[Tensor]]  # heads, and the predictions [m] of each
 
 
@@ -104,21 +103,20 @@ def _fine_tune(
     setting: Setting, encoder: VisionTransformer, positions: np.ndarray, labels: Tensor, *, seed: int, work: str
 ) -> Method:
     """The whole encoder, trained on augmented images."""
-    prepare, recipe, samples = setting.normalize(), _recipe(setting), setting.data.samples["validation"]
+    prepare = input_of_encoder(setting.config, setting.process.device, torch.float32)
+    recipe, samples = _recipe(setting), setting.data.samples["validation"]
     inputs = setting.augmented(labels, _batch(setting, len(labels)), prepare, positions=positions, seed=seed)
     loader = setting.data.loader("validation", crop_share=setting.share())
     crops = central_crops(loader, samples, prepare, setting.process)
     progress = setting.progress(f"{work}, fine-tuning", recipe.epochs * inputs.steps * inputs.batch)
-    micro_batch = min(MICRO_BATCH, setting.options.micro_batch)
-    predictions = fine_tune(encoder, inputs, crops, recipe, progress, micro_batch=micro_batch)
-    return [{"features": FINETUNED}], [predictions]
+    return [{"features": FINETUNED}], [fine_tune(encoder, inputs, crops, recipe, progress)]
 
 
 def _recipe(setting: Setting) -> FineTuneRecipe:
     recipe, options = FineTuneRecipe(), setting.options
     epochs, lr = options.epochs or recipe.epochs, options.finetune_lr or recipe.lr
-    warmup = recipe.warmup_epochs * epochs / recipe.epochs
-    return dataclasses.replace(recipe, epochs=epochs, warmup_epochs=warmup, lr=lr)
+    warmup, micro_batch = recipe.warmup_epochs * epochs / recipe.epochs, min(recipe.micro_batch, options.micro_batch)
+    return dataclasses.replace(recipe, epochs=epochs, warmup_epochs=warmup, lr=lr, micro_batch=micro_batch)
 
 
 def _batch(setting: Setting, num_images: int) -> int:
