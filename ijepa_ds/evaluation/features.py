@@ -47,16 +47,14 @@ def extract_features(
     """
     values: list[Tensor] = []
     waiting: list[Tensor] = []
-    count = 0
+    count, progress = 0, progress or Progress(len(samples), enabled=False)
     for part in central_crops(loader, samples, forward, process):
         waiting.append(part.float())
         if len(waiting) == BATCHES_WAITING:  # reading a result makes the device wait for the host: seldom
             values, waiting = [*values, torch.cat(waiting).cpu()], []
         count += len(part)
-        if progress is not None:
-            progress.show(min(len(samples), count * process.world_size))
-    if progress is not None:
-        progress.end(len(samples))
+        progress.show(min(len(samples), count * process.world_size))
+    progress.end(len(samples))
     rows = gather_rows(torch.cat([*values, *(part.cpu() for part in waiting)]), process)
     if num_bad := sum(int((~part.isfinite().flatten(1).all(dim=1)).sum()) for part in rows.split(CHECKED_ROWS)):
         raise BrokenFeaturesError(

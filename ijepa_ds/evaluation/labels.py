@@ -45,13 +45,9 @@ class Classes:
 
 
 def classes_of(field: str, train: Tensor, validation: Tensor, names: list[str] | None = None) -> Classes:
-    """Number the classes that train shows: 3 to 10 objects are classes 0 to 7.
+    """Number the classes that train [n] shows: 3 to 10 objects are classes 0 to 7.
 
-    Args:
-        field: for the message.
-        train: raw integer labels [n].
-        validation: [m].
-        names: of the raw labels from 0, where known.
+    ``names`` are those of the raw labels from 0, where known.
 
     Raises:
         UserError: a class is in validation and not in train (named), or there is one class only.

@@ -39,7 +39,7 @@ class Setting:
         self._progress: Progress | None = None
         self._owner: Candidate | None = None  # whose features are kept
         self._features: dict[tuple[str, float, bool], Tensor] = {}
-        self._extracted = 0, 0.0  # images, seconds
+        self._extracted = 0, 0.0  # images, seconds, of this candidate
 
     @property
     def seed(self) -> int:
@@ -93,11 +93,6 @@ class Setting:
             self._features[key] = rows
         return rows
 
-    def _rate(self) -> float | None:
-        """Images per second of all extractions for the candidate at hand; None where there was none."""
-        images, seconds = self._extracted
-        return images / seconds if seconds else None
-
     def adapt(self, recipe: Recipe, num_images: int) -> Recipe:
         """``recipe`` with the options' numbers instead, and no larger a batch than there are images."""
         options = self.options
@@ -141,12 +136,13 @@ class Setting:
     ) -> Measurement:
         """Score the classes that each of ``heads`` gives the validation images, [m] or of several draws [draws, m].
 
-        ``began`` is when the task did, ``rate`` images per second where not those of the extraction.
+        ``began`` is when the task did, ``rate`` images per second where not those of the candidate's extractions.
         """
         grid = [head | _scores(classes, rows) for head, rows in zip(heads, predictions, strict=True)]
         best = predictions[grid.index(best_of(grid))]
         names = classes.names if classes.num_classes <= KEPT_CLASSES else None
         train, validation = map(len, self.data.samples.values())
+        images, seconds = self._extracted
         return Measurement(
             task=task,
             label=field,
@@ -154,7 +150,7 @@ class Setting:
             train_images=train,
             validation_images=validation,
             seconds=round(time.monotonic() - began, 2),
-            images_per_second=self._rate() if rate is None else rate,
+            images_per_second=images / seconds if rate is None and seconds else rate,
             extra={"class_names": names, **(extra or {})},
             confusion=classes.confusion(best if best.ndim == 1 else best[0]),
         )

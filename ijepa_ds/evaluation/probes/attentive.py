@@ -81,15 +81,10 @@ def attentive_probe(
     course: Course,
     progress: Progress,
 ) -> tuple[list[Tensor], float]:
-    """Train a head for each point of ``grid`` with AdamW and a cosine, all on the same batches.
+    """Train a head for each learning rate and weight decay of ``grid`` with AdamW and a cosine, on the same batches.
 
-    Args:
-        inputs: patch tokens [B, N, D] after the encoder's final norm; all heads start from weights of their seed.
-        validation: tokens, this process's ``samples[rank::world_size]``.
-        width: D.
-        grid: learning rate and weight decay of each head.
-        course: V-JEPA takes 20 epochs for images.
-        progress: is shown the training images.
+    Inputs are patch tokens [B, N, D] of ``width`` D after the encoder's final norm; all heads start from weights of
+    the inputs' seed. ``validation`` has this process's share as :func:`predict` takes it.
 
     Returns:
         Predictions of each head [n], and images per second of training.

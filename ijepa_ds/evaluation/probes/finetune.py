@@ -42,12 +42,8 @@ def fine_tune(
 ) -> Tensor:
     """Train ``encoder`` (in place, in float32) and a new linear head; bf16 autocast on a GPU.
 
-    Args:
-        encoder: [B, 3, H, W] -> [B, N, D] after its final norm. All of it is trained but the fixed positions.
-        inputs: images [B, 3, H, W], normalised, and their labels; the head's initial weights are of their seed.
-        validation: images, this process's ``samples[rank::world_size]``.
-        recipe: the paper's, or with other numbers.
-        progress: is shown the training images.
+    All of the encoder is trained but the fixed positions. Inputs are normalised images [B, 3, H, W]; the head's initial
+    weights are of the inputs' seed. ``validation`` has this process's share as :func:`predict` takes it.
 
     Returns:
         Predictions [n] after the last epoch: the best one would be chosen on the validation images.

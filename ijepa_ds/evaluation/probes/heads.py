@@ -62,15 +62,10 @@ class HeadStack:
         return weight.flatten(0, 1), bias.flatten()
 
     def gradients(self, rows: Tensor, labels: Tensor, *, total: int) -> tuple[list[Tensor], Tensor]:
-        """Gradients of the mean cross-entropy over ``total`` rows, of which these are this process's part.
+        """Gradients of the mean cross-entropy with respect to :attr:`parameters`, and this loss [H].
 
-        Args:
-            rows: [n, D], normalised where the heads have BatchNorm.
-            labels: [n].
-            total: rows of the whole batch, over all processes.
-
-        Returns:
-            Gradients of :attr:`parameters`, and the loss [H].
+        The mean is over the ``total`` rows of all processes, of which ``rows`` [n, D] (normalised where the heads have
+        BatchNorm) and ``labels`` [n] are this one's.
         """
         weight, bias = self.folded()
         count = len(self.heads)
@@ -149,8 +144,7 @@ class HeadGrid:
     def step(self, rows: Tensor, labels: Tensor, *, total: int, lr_factor: float) -> Tensor:
         """One optimizer step on this process's rows [n, D] and labels [n] of a batch of ``total``.
 
-        Returns:
-            The loss of each head before the step, [H], in the order of :attr:`order`.
+        The loss before it, [H], comes back in the order of :attr:`order`.
         """
         normed = self._batch_norm.normalise_batch(rows, total=total, process=self.process)
         losses = []
@@ -187,14 +181,9 @@ class HeadGrid:
 def train_heads(
     inputs: Inputs, validation: Tensor, views: dict[str, slice], recipe: Recipe, progress: Progress
 ) -> tuple[list[dict[str, Any]], list[Tensor], float]:
-    """Train all heads of ``recipe`` together and measure them at the end. All processes call this together.
+    """Train all heads of ``recipe`` on features [B, F] and measure them on those of ``validation`` [m, F] at the end.
 
-    Args:
-        inputs: features [B, F] of the training images.
-        validation: features [m, F].
-        views: names of columns of the features; each has heads of its own.
-        recipe: heads, optimizer and schedule.
-        progress: is shown the training images.
+    Each of ``views``, columns of the features, has heads of its own. All processes call this together.
 
     Returns:
         The heads, the predictions [m] of each, and images per second of training.

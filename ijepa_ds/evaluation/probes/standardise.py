@@ -41,17 +41,10 @@ def standardise(features: Tensor) -> Standardised:
 
 
 def held_out_part(labels: Tensor, *, seed: int) -> Tensor:
-    """Choose a part of each class to hold out: about 15 %, at least one image of a class that has two.
-
-    Args:
-        labels: [n] integers.
-        seed: of the choice.
-
-    Returns:
-        bool [n], true where held out.
+    """Choose about 15 % of each class to hold out, at least one image of a class that has two: bool [n].
 
     Raises:
-        UserError: no class has two images.
+        UserError: no class in ``labels`` [n] has two images.
     """
     counts = torch.bincount(labels)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)

@@ -72,16 +72,10 @@ def _probe(
     loaders = {split: data.loader(split, crop_share=setting.share()) for split in SPLITS}
     if options.cached:
         check_cached(setting, module)
-        rows = {
-            split: extract_features(
-                tokens,
-                loaders[split],
-                samples,
-                process,
-                progress=setting.progress(f"tokens of {split}, {candidate}", len(samples)),
-            )
-            for split, samples in data.samples.items()
-        }
+        rows = {}
+        for split, samples in data.samples.items():
+            shown = setting.progress(f"tokens of {split}, {candidate}", len(samples))
+            rows[split] = extract_features(tokens, loaders[split], samples, process, progress=shown)
         inputs: Inputs = setting.cached(rows["train"], classes.train, batch)
         validation = iter(rows["validation"][process.rank :: process.world_size].split(options.micro_batch))
     else:
