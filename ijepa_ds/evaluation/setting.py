@@ -114,12 +114,12 @@ class Setting:
         prepare: Callable[[Tensor], Tensor],
         *,
         positions: np.ndarray | None = None,
-        seed: int | None = None,
+        draw: int = 0,
     ) -> AugmentedInputs:
         """Batches of augmented training images, or of those at ``positions`` among them, which ``labels`` are of."""
         loader, samples = self.data.loader("train", augment=True, seed=self.seed), self.data.samples["train"]
         samples = samples if positions is None else samples[positions]
-        seed = self.seed if seed is None else seed
+        seed = self.seed + draw
         return AugmentedInputs(loader, samples, labels, prepare, batch=batch, seed=seed, process=self.process)
 
     def measurement(

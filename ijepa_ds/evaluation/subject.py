@@ -69,7 +69,10 @@ def load_subject(
     # Positions are fixed, so they need not be read.
     positions = sine_cosine_positions(subject.weights["norm.weight"].shape[0], config.grid)[None]
     weights = {**subject.weights, "pos_embed": positions}
-    _check_fits(weights, config, path)
+    with torch.device("meta"):
+        expected = build_encoder(config).state_dict()
+    if problems := shape_differences(shapes_of(weights), shapes_of(expected)):
+        raise UserError(f"{path} does not fit the configuration, give the one it was trained with: {some(problems)}")
     return dataclasses.replace(subject, config=config, weights=weights)
 
 
@@ -91,12 +94,3 @@ def _from_run(path: Path) -> Subject:
     config, step = read_run_config(run), checkpoint_step(checkpoint)
     weights = target_encoder_weights(checkpoint, config.grid)
     return Subject(config, weights, f"{run} at step {step}", checkpoint, run / "evaluation", step)
-
-
-def _check_fits(weights: dict[str, Tensor], config: Config, path: Path) -> None:
-    """Refuse tensors that are missing, of another shape, or not known by the configuration's encoder."""
-    with torch.device("meta"):
-        expected = build_encoder(config).state_dict()
-    problems = shape_differences(shapes_of(weights), shapes_of(expected))
-    if problems:
-        raise UserError(f"{path} does not fit the configuration, give the one it was trained with: {some(problems)}")

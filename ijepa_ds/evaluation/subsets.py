@@ -11,10 +11,12 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ijepa_ds.data.beton import Dataset, read_names
 from ijepa_ds.errors import UserError, some
 from ijepa_ds.evaluation.labels import Classes
+from ijepa_ds.evaluation.probes.standardise import rank_within_class
 from ijepa_ds.evaluation.setting import Setting
 from ijepa_ds.random_streams import SUBSET, permutation
 
@@ -58,10 +60,8 @@ def draw_per_class(labels: np.ndarray, *, per_class: int, seed: int, draw: int =
     A pure function of seed, draw and sample: a draw with fewer images a class is part of one with more.
     """
     order = permutation(seed, draw, len(labels), purpose=SUBSET)
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    _, counts = np.unique(labels, return_counts=True)
-    rank = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)
-    return np.sort(by_class[rank < per_class])
+    rank = rank_within_class(torch.from_numpy(labels[order])).numpy()
+    return np.sort(order[rank < per_class])
 
 
 def samples_of_list(split_list: str | Path, dataset: Dataset) -> np.ndarray:

@@ -60,8 +60,7 @@ def _measure(
         work = f"lowshot {name}, {candidate}, draw {number}"
         draws.append(_frozen(setting, candidate, rows, labels, validation, work))
         if options.finetune and candidate.build is not None:
-            seed = setting.seed + number
-            draws[-1]["finetune"] = _fine_tune(setting, candidate.build(), positions, labels, seed=seed, work=work)
+            draws[-1]["finetune"] = _fine_tune(setting, candidate.build(), positions, labels, draw=number, work=work)
     if not setting.process.is_main:
         return
     # Of two heads that reach the same the first is reported: the regression has no number chosen on validation.
@@ -69,7 +68,7 @@ def _measure(
     by_draw = [[rows.cpu() for _, predictions in draw.values() for rows in predictions] for draw in draws]
     predictions = list(map(torch.stack, zip(*by_draw, strict=True)))  # of each head [draws, m]
     measurement = setting.measurement("lowshot", name, classes, heads, predictions, began)
-    recipe = dataclasses.asdict(_recipe(setting)) | {"batch": _batch(setting, len(subset[0]))}
+    recipe, batch = _course(setting, len(subset[0]))
     methods = {m: best_of([head for head in measurement.grid if head["method"] == m]) for m in draws[0]}
     extra = {
         "images": [len(positions) for positions in subset],
@@ -78,7 +77,7 @@ def _measure(
         "draws": len(draws),
         "best_method": best_of(measurement.grid)["method"],
         "methods": methods,
-        "finetuning": recipe if "finetune" in methods else None,
+        "finetuning": dataclasses.asdict(recipe) | {"batch": batch} if "finetune" in methods else None,
     }
     yield dataclasses.replace(measurement, train_images=len(subset[0]), extra=measurement.extra | extra)
 
@@ -100,24 +99,22 @@ def _frozen(
 
 
 def _fine_tune(
-    setting: Setting, encoder: VisionTransformer, positions: np.ndarray, labels: Tensor, *, seed: int, work: str
+    setting: Setting, encoder: VisionTransformer, positions: np.ndarray, labels: Tensor, *, draw: int, work: str
 ) -> Method:
     """The whole encoder, trained on augmented images."""
     prepare = input_of_encoder(setting.config, setting.process.device, torch.float32)
-    recipe, samples = _recipe(setting), setting.data.samples["validation"]
-    inputs = setting.augmented(labels, _batch(setting, len(labels)), prepare, positions=positions, seed=seed)
+    (recipe, batch), samples = _course(setting, len(labels)), setting.data.samples["validation"]
+    inputs = setting.augmented(labels, batch, prepare, positions=positions, draw=draw)
     loader = setting.data.loader("validation", crop_share=setting.share())
     crops = central_crops(loader, samples, prepare, setting.process)
     progress = setting.progress(f"{work}, fine-tuning", recipe.epochs * inputs.steps * inputs.batch)
     return [{"features": FINETUNED}], [fine_tune(encoder, inputs, crops, recipe, progress)]
 
 
-def _recipe(setting: Setting) -> FineTuneRecipe:
+def _course(setting: Setting, num_images: int) -> tuple[FineTuneRecipe, int]:
+    """The recipe of fine-tuning with the options' numbers, and its batch."""
     recipe, options = FineTuneRecipe(), setting.options
     epochs, lr = options.epochs or recipe.epochs, options.finetune_lr or recipe.lr
     warmup, micro_batch = recipe.warmup_epochs * epochs / recipe.epochs, min(recipe.micro_batch, options.micro_batch)
-    return dataclasses.replace(recipe, epochs=epochs, warmup_epochs=warmup, lr=lr, micro_batch=micro_batch)
-
-
-def _batch(setting: Setting, num_images: int) -> int:
-    return min(setting.options.batch or FINETUNE_BATCH, num_images)
+    recipe = dataclasses.replace(recipe, epochs=epochs, warmup_epochs=warmup, lr=lr, micro_batch=micro_batch)
+    return recipe, min(options.batch or FINETUNE_BATCH, num_images)
