@@ -100,12 +100,9 @@ def _add_options_of_tasks(parser: argparse.ArgumentParser) -> None:
     add("--finetune-lr", metavar="X", type=float, help="instead of 3e-5, the paper's for ImageNet")
 
 
+_COUNTS = "train-images validation-images random-seeds micro-batch epochs batch draws"
 _NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # options, what they may be, and in words
-    (
-        "train-images validation-images random-seeds micro-batch epochs batch draws",
-        lambda number: number >= 1,
-        "must be at least 1; leave it out for the default",
-    ),
+    (_COUNTS, lambda number: number >= 1, "must be at least 1; leave it out for the default"),
     ("per-class", lambda number: number >= 1, "must be at least 1"),
     ("lr weight-decay", lambda number: 0 <= number < math.inf, "must be a number of at least 0"),
     ("finetune-lr", lambda number: 0 < number < math.inf, "must be a number above 0"),

@@ -49,10 +49,9 @@ class LabelledData:
                     f"{str(path).rstrip('/')}.beton"
                 )
         self.datasets = dict(zip(SPLITS, map(inspect_dataset, self.paths), strict=True))
-        limits = options.train_images, options.validation_images
         self.samples = {
-            split: spread_samples(dataset.num_samples, limit)
-            for (split, dataset), limit in zip(self.datasets.items(), limits, strict=True)
+            "train": spread_samples(self.datasets["train"].num_samples, options.train_images),
+            "validation": spread_samples(self.datasets["validation"].num_samples, options.validation_images),
         }
         others = self.datasets["validation"].label_fields
         self.fields = [name for name in self.datasets["train"].label_fields if name in others]

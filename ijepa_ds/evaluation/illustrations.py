@@ -55,7 +55,7 @@ def _neighbours(results: Results, setting: Setting) -> list[list[Labelled]] | No
         names = [classes.names[int(labels[place])] for place in np.searchsorted(data.samples[split], samples)]
         return list(zip(images, names, strict=True))
 
-    nearest = {row["query"]: row["train"] for row in task.extra["neighbours"]}  # of few images a query may come twice
+    nearest = {row["query"]: row["train"] for row in task.extra["neighbours"]}
     queries = labelled("validation", classes.validation, sorted(nearest))
     rows = zip(queries, sorted(nearest), strict=True)
     return [[query, *labelled("train", classes.train, nearest[sample])] for query, sample in rows]

@@ -5,6 +5,7 @@ Shapes: n training, m validation images.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +69,7 @@ def classes_of(field: str, train: Tensor, validation: Tensor, names: list[str] |
     return Classes(train, validation, [name(int(label)) for label in labels])
 
 
-def binned(field: str, train: Tensor, validation: Tensor, *, edges: Tensor | None = None) -> Classes:
+def binned(field: str, train: Tensor, validation: Tensor, *, edges: Sequence[float] | None = None) -> Classes:
     """Cut continuous labels at ``edges`` (default: six bins of equal population in train).
 
     A value on an edge goes to the lower bin.
@@ -76,14 +77,13 @@ def binned(field: str, train: Tensor, validation: Tensor, *, edges: Tensor | Non
     Raises:
         UserError: a bin that no training image falls into.
     """
-    given = edges is not None
-    edges = bin_edges(train) if edges is None else edges
-    inner = [f"{float(edge):.4g}" for edge in edges]
-    bounds = zip(["", *inner], [*inner, ""], strict=True)
-    names = [f"{low}-{high}" if low and high else f"<= {high}" if high else f"> {low}" for low, high in bounds]
-    bins = [torch.bucketize(values.double(), edges.double()) for values in (train, validation)]
+    bounds = bin_edges(train) if edges is None else torch.tensor(edges, dtype=torch.float64)
+    inner = [f"{edge:.4g}" for edge in bounds.tolist()]
+    ends = zip(["", *inner], [*inner, ""], strict=True)
+    names = [f"{low}-{high}" if low and high else f"<= {high}" if high else f"> {low}" for low, high in ends]
+    bins = [torch.bucketize(values.double(), bounds) for values in (train, validation)]
     empty = (torch.bincount(bins[0], minlength=len(names)) == 0).nonzero().flatten().tolist()
-    if empty and given:
+    if empty and edges is not None:
         raise UserError(
             f"no training image has a '{field}' of {', '.join(names[k] for k in empty)}: these bins are CLEVR's; take "
             "bins of equal population with --bins equal"

@@ -75,9 +75,8 @@ class Setting:
         if self._owner is not candidate:
             self._owner, self._features, self._extracted = candidate, {}, (0, 0.0)
         share = self.share() if share is None else share
-        key = (split, share, mirrored)
-        if key in self._features:
-            kept = self._features[key]
+        kept = self._features.get((split, share, mirrored))
+        if kept is not None:
             return kept if positions is None else kept[torch.from_numpy(positions)]
         samples = self.data.samples[split] if positions is None else self.data.samples[split][positions]
         loader, began = self.data.loader(split, crop_share=share), time.monotonic()
@@ -90,18 +89,14 @@ class Setting:
         images, seconds = self._extracted
         self._extracted = images + len(samples), seconds + time.monotonic() - began
         if positions is None:
-            self._features[key] = rows
+            self._features[split, share, mirrored] = rows
         return rows
 
     def adapt(self, recipe: Recipe, num_images: int) -> Recipe:
         """``recipe`` with the options' numbers instead, and no larger a batch than there are images."""
-        options = self.options
-        return recipe.adapted(
-            epochs=options.epochs,
-            batch=min(options.batch or recipe.batch, num_images),
-            lrs=options.lr,
-            weight_decays=options.weight_decay,
-        )
+        options, batch = self.options, min(self.options.batch or recipe.batch, num_images)
+        numbers = {"epochs": options.epochs, "lrs": options.lr, "weight_decays": options.weight_decay}
+        return recipe.adapted(batch=batch, **numbers)
 
     def cached(self, rows: Tensor, labels: Tensor, batch: int, mirrored: Tensor | None = None) -> CachedInputs:
         """Batches of rows that were made once."""
@@ -113,13 +108,12 @@ class Setting:
         batch: int,
         prepare: Callable[[Tensor], Tensor],
         *,
-        positions: np.ndarray | None = None,
+        positions: np.ndarray | slice = slice(None),
         draw: int = 0,
     ) -> AugmentedInputs:
         """Batches of augmented training images, or of those at ``positions`` among them, which ``labels`` are of."""
-        loader, samples = self.data.loader("train", augment=True, seed=self.seed), self.data.samples["train"]
-        samples = samples if positions is None else samples[positions]
-        seed = self.seed + draw
+        loader, seed = self.data.loader("train", augment=True, seed=self.seed), self.seed + draw
+        samples = self.data.samples["train"][positions]
         return AugmentedInputs(loader, samples, labels, prepare, batch=batch, seed=seed, process=self.process)
 
     def measurement(
@@ -167,9 +161,7 @@ def _scores(classes: Classes, predictions: Tensor) -> Head:
 def class_fields(setting: Setting) -> list[str]:
     """The labels of a classification: those asked for, or ``label``, or all that hold integers."""
     data = setting.data
-    if setting.options.label:
-        return setting.options.label
-    fields = ["label"] if "label" in data.integer_fields else list(data.integer_fields)
+    fields = setting.options.label or (["label"] if "label" in data.integer_fields else data.integer_fields)
     if not fields:
         raise UserError(
             f"{data.paths[0]} and {data.paths[1]} have no label of classes in common (they have: "
@@ -206,5 +198,4 @@ def depth_bins(setting: Setting, field: str) -> Classes:
     """CLEVR's bins for CLEVR's images, bins of equal population for others, whose unit is another."""
     bins = setting.options.bins
     clevr = bins == "clevr" or (bins == "auto" and field == "depth" and setting.data.is_clevr())
-    edges = torch.tensor(CLEVR_EDGES, dtype=torch.float64) if clevr else None
-    return binned(field, *setting.data.labels(field), edges=edges)
+    return binned(field, *setting.data.labels(field), edges=CLEVR_EDGES if clevr else None)

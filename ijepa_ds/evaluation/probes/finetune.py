@@ -71,10 +71,6 @@ def layer_decay_groups(encoder: VisionTransformer, recipe: FineTuneRecipe) -> li
     Layers as timm counts them: patch embedding and positions, each block, the final norm with the last block, the
     head. Biases, 1-d tensors and positions get no weight decay. Only parameters that are trained are listed.
     """
-    groups = param_groups_layer_decay(
-        encoder,
-        recipe.weight_decay,
-        no_weight_decay_list=encoder.no_weight_decay(),
-        layer_decay=recipe.layer_decay,
-    )
+    fixed = encoder.no_weight_decay()
+    groups = param_groups_layer_decay(encoder, recipe.weight_decay, fixed, layer_decay=recipe.layer_decay)
     return [{**group, "peak_lr": recipe.lr * group["lr_scale"]} for group in groups]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ijepa_ds.evaluation.candidates import Candidate
 from ijepa_ds.evaluation.data import SPLITS
+from ijepa_ds.evaluation.features import spread_samples
 from ijepa_ds.evaluation.labels import Classes
 from ijepa_ds.evaluation.probes.knn import NEIGHBOURS, nearest_neighbours, usable, vote
 from ijepa_ds.evaluation.probes.logistic import logistic_regression
@@ -92,7 +93,7 @@ def regressed(setting: Setting, candidate: Candidate, field: str, train: Tensor,
         _, predictions[view] = ridge_regression(space, train_values, space.apply(validation[:, columns].double()))
         errors[view] = float((predictions[view] - values).abs().mean())
     best = min(errors, key=errors.__getitem__)
-    kept = torch.arange(min(KEPT_PAIRS, len(values))) * len(values) // min(KEPT_PAIRS, len(values))
+    kept = torch.from_numpy(spread_samples(len(values), KEPT_PAIRS))
     return {
         "mean_absolute_error": errors[best],
         "mean_absolute_error_by_features": errors,
@@ -113,12 +114,10 @@ def knn(setting: Setting, candidate: Candidate, classes: dict[str, Classes]) -> 
         bank = train[:, columns].to(device)
         found[view] = nearest_neighbours(bank, validation[:, columns], k=ks[-1], tick=progress.show)
         progress.end(len(validation))
-    queries = torch.arange(QUERIES).clamp_max(len(validation) - 1) * len(validation) // QUERIES
-    nearest = found[view][1][queries.to(device), :SHOWN_NEIGHBOURS]  # by the last view: all columns
-    neighbours = [  # sample numbers in the two files
-        {"query": int(samples["validation"][query]), "train": samples["train"][row].tolist()}
-        for query, row in zip(queries.tolist(), nearest.tolist(), strict=True)
-    ]
+    queries = spread_samples(len(validation), QUERIES)
+    nearest = found[view][1][queries, :SHOWN_NEIGHBOURS].cpu().numpy()  # by the last view: all columns
+    rows = zip(samples["validation"][queries].tolist(), samples["train"][nearest].tolist(), strict=True)
+    neighbours = [{"query": query, "train": row} for query, row in rows]  # sample numbers in the two files
     heads = [{"features": view, "k": k} for view in found for k in ks]
     for field, of_label in classes.items():
         labels = of_label.train.to(device)
