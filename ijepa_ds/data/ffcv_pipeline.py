@@ -156,13 +156,15 @@ class SampleMasks(Operation):
 
 
 class ToTensors(Operation):
-    """numpy to torch, for one array or a tuple of them; no copy."""
+    """numpy to torch, for one array or the images of (images, return codes); no copy."""
 
     def generate_code(self) -> Callable:
         """The function that FFCV calls."""
 
         def to_tensors(arrays, _):
-            return tuple(map(torch.from_numpy, arrays)) if isinstance(arrays, tuple) else torch.from_numpy(arrays)
+            if isinstance(arrays, tuple):
+                return torch.from_numpy(arrays[0]), arrays[1]  # the host alone reads the codes
+            return torch.from_numpy(arrays)
 
         return to_tensors
 
@@ -310,11 +312,10 @@ def image_spec(operation: Operation) -> PipelineSpec:
     return PipelineSpec("image", decoder=operation, transforms=[ToTensors()])
 
 
-def refuse_failed(failed: torch.Tensor, samples: np.ndarray, path: str) -> None:
+def refuse_failed(failed: np.ndarray, samples: np.ndarray, path: str) -> None:
     """Name the ``samples`` [B] whose decoding ``failed`` [B, 1], if any (:class:`DecodeError`)."""
-    codes = failed.numpy()[:, 0]
-    if codes.any():
-        bad = some(map(int, samples[codes != 0]))
+    if failed.any():
+        bad = some(map(int, samples[failed[:, 0] != 0]))
         raise DecodeError(
             f"{path}: sample {bad} cannot be decoded; find all with: python data_prep/to_ffcv.py --verify {path}"
         )
