@@ -21,33 +21,29 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+import measure
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from ijepa_ds.build import build_encoder  # noqa: E402
-from ijepa_ds.config import parse_config  # noqa: E402
-from ijepa_ds.data.beton import inspect_dataset  # noqa: E402
-from ijepa_ds.data.image_loader import ImageLoader  # noqa: E402
-from ijepa_ds.distributed import Process, share_cpu_threads  # noqa: E402
-from ijepa_ds.evaluation.candidates import Candidate, pooled_features  # noqa: E402
-from ijepa_ds.evaluation.features import extract_features  # noqa: E402
-from ijepa_ds.evaluation.inputs import AugmentedInputs  # noqa: E402
-from ijepa_ds.evaluation.probes.heads import HeadGrid  # noqa: E402
-from ijepa_ds.evaluation.probes.recipes import LINEAR  # noqa: E402
-from ijepa_ds.run.provenance import git_commit, versions  # noqa: E402
+from ijepa_ds.build import build_encoder
+from ijepa_ds.config import parse_config
+from ijepa_ds.data.beton import inspect_dataset
+from ijepa_ds.data.image_loader import ImageLoader
+from ijepa_ds.distributed import Process, share_cpu_threads
+from ijepa_ds.evaluation.candidates import Candidate, pooled_features
+from ijepa_ds.evaluation.features import extract_features
+from ijepa_ds.evaluation.inputs import AugmentedInputs
+from ijepa_ds.evaluation.probes.heads import HeadGrid
+from ijepa_ds.evaluation.probes.recipes import LINEAR
 
 
 def main() -> None:
     """Measure both ratios and print them as JSON."""
     options = parse()
     share_cpu_threads()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device
     process = Process(0, 1, device)
     encoder = make_encoder(options, device)
     with tempfile.TemporaryDirectory() as folder:
@@ -59,10 +55,13 @@ def main() -> None:
             "num_workers": options.workers,
         }
         loader = ImageLoader(dataset, crop_share=0.875, **shared)
-        bare, extraction = in_turns(
-            options.repeats,
-            lambda: bare_forward(encoder, options, len(samples), device),
-            lambda: extract_features(encoder.forward, loader, samples, process),
+        forward = measure.in_turns(
+            {
+                "bare": lambda: bare_forward(encoder, options, len(samples), device),
+                "extraction": lambda: extract_features(encoder.forward, loader, samples, process),
+            },
+            rounds=options.repeats,
+            device=device,
         )
         inputs = AugmentedInputs(
             ImageLoader(dataset, augment=True, seed=0, **shared),
@@ -73,36 +72,35 @@ def main() -> None:
             seed=0,
             process=process,
         )
-        one, all_heads = in_turns(
-            options.repeats,
-            lambda: epoch(inputs, encoder, num_heads=1),
-            lambda: epoch(inputs, encoder, num_heads=48),
+        epochs = measure.in_turns(
+            {
+                "one head": lambda: epoch(inputs, encoder, num_heads=1),
+                "48 heads": lambda: epoch(inputs, encoder, num_heads=48),
+            },
+            rounds=options.repeats,
+            device=device,
         )
-    result = {
+    results = {
         "extraction": {
-            "bare_forward_images_per_second": round(len(samples) / bare, 1),
-            "extraction_images_per_second": round(len(samples) / extraction, 1),
-            "ratio": round(bare / extraction, 3),
+            "bare_forward_images_per_second": round(len(samples) / statistics.median(forward["bare"]), 1),
+            "extraction_images_per_second": round(len(samples) / statistics.median(forward["extraction"]), 1),
+            "ratio": round(measure.ratio(forward, "bare", "extraction"), 3),
             "wanted": ">= 0.9",
         },
         "grid": {
-            "epoch_seconds_with_1_head": round(one, 3),
-            "epoch_seconds_with_48_heads": round(all_heads, 3),
-            "ratio": round(all_heads / one, 3),
+            "epoch_seconds_with_1_head": round(statistics.median(epochs["one head"]), 3),
+            "epoch_seconds_with_48_heads": round(statistics.median(epochs["48 heads"]), 3),
+            "ratio": round(measure.ratio(epochs, "48 heads", "one head"), 3),
             "wanted": "< 1.3",
         },
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "commit": git_commit(),
-        "options": vars(options),
-        "versions": versions(),
     }
-    print(json.dumps(result, indent=1))
+    print(json.dumps(results, indent=1))
+    measure.save(measure.record(results, compared=__doc__ or "", device=device), options.json)
 
 
 def parse() -> argparse.Namespace:
     """The sizes of what is measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.parser(__doc__)
     parser.add_argument("--encoder", default="tiny", help="tiny to giant")
     parser.add_argument("--patch-size", type=int, default=16)
     parser.add_argument("--image-size", type=int, default=96)
@@ -146,22 +144,8 @@ def make_images(folder: Path, options: argparse.Namespace) -> str:
         coarse.resize((side, side)).save(folder / "images" / "one" / f"{index:06d}.jpg", quality=90)
     beton = folder / "noise.beton"
     command = [sys.executable, "data_prep/to_ffcv.py", str(folder / "images"), str(beton)]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+    subprocess.run(command, cwd=measure.ROOT, check=True, stdout=sys.stderr)
     return str(beton)
-
-
-def in_turns(repeats: int, *sides) -> list[float]:
-    """Median seconds of each side; the first round is not counted."""
-    seconds: list[list[float]] = [[] for _ in sides]
-    for turn in range(repeats + 1):
-        for measured, side in zip(seconds, sides, strict=True):
-            began = time.perf_counter()
-            side()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn:
-                measured.append(time.perf_counter() - began)
-    return [statistics.median(measured) for measured in seconds]
 
 
 @torch.no_grad()
