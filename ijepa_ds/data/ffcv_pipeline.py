@@ -298,8 +298,8 @@ def _torch_threads_kept() -> Iterator[None]:
 
 def warn_of_pageable(outputs: tuple) -> None:
     """One line where a batch's buffers are not pinned: FFCV says nothing when it could not have them so."""
-    tensors = itertools.chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in outputs)
-    if not all(tensor.is_pinned() for tensor in tensors):
+    parts = itertools.chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in outputs)
+    if not all(part.is_pinned() for part in parts if isinstance(part, torch.Tensor)):
         print(
             "warning: the loader's buffers could not be pinned, so each copy of a batch to the GPU holds up the "
             "process; is the limit of locked memory (ulimit -l) too low?",
