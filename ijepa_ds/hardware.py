@@ -15,6 +15,7 @@ _SIZE = 256  # rows and columns of the matrices that are multiplied: a third of 
 _SECONDS = 0.1
 _LEAST = 5  # products of each precision, however slow they are
 _CLEARLY = 0.8  # bf16 must take less than this share of the time of fp32
+_LARGEST = 8192  # rows and columns, in the search for the fastest product: 400 MB in bf16 with its result
 
 
 def processor_name() -> str:
@@ -99,3 +100,40 @@ def set_numerics(*, low_precision: bool, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, for bugs
+
+
+@functools.cache
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the fastest product of two square matrices, timed for about a tenth of a second.
+
+    The matrices grow until one product takes a twentieth of that. What the device reaches under torch's present
+    settings, not what its data sheet says.
+    """
+    size, best, rate = _SIZE, 0.0, 0.0
+    while True:
+        rate = product_flops(size, device, dtype, seconds=_SECONDS / 4)
+        best = max(best, rate)
+        if size == _LARGEST or 2 * size**3 / rate > _SECONDS / 20:
+            return best
+        size *= 2
+
+
+def product_flops(size: int, device: torch.device, dtype: torch.dtype, *, seconds: float) -> float:
+    """Operations a second of a product of two matrices of ``size`` x ``size``, the fastest of those within a time."""
+    generator = torch.Generator(device).manual_seed(0)  # random, since zeros multiply faster on some devices
+    matrix = torch.rand(size, size, device=device, generator=generator).sub_(0.5).to(dtype)
+    result = matrix @ matrix  # the first product prepares its kernel
+    _wait(device)
+    times: list[float] = []
+    began = time.perf_counter()
+    while not times or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        torch.matmul(matrix, matrix, out=result)
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

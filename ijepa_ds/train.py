@@ -23,8 +23,10 @@ from ijepa_ds.build import (
     build_sampler,
     build_target,
     check_batch,
+    computing_dtype,
     encoder_dimensions,
     schedules_of,
+    shapes_of,
     working_dtype,
 )
 from ijepa_ds.config import Config, load_config
@@ -38,7 +40,7 @@ from ijepa_ds.engine.zero import Zero, init_distributed
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.online import OnlineProbe
 from ijepa_ds.exchange.export import export_timm
-from ijepa_ds.hardware import bf16_warning, set_numerics
+from ijepa_ds.hardware import bf16_warning, peak_flops, set_numerics
 from ijepa_ds.method.ijepa import normalize_images
 from ijepa_ds.method.masks import MaskSampler, default_context_tokens
 from ijepa_ds.method.schedules import Hyperparameters
@@ -158,7 +160,9 @@ class Run:
             images_per_step=config.global_batch,
             start_step=first_step,
         )
-        self.meter = Meter(images_per_step=config.global_batch)
+        self.shapes = shapes_of(config)
+        peak = peak_flops(process.device, computing_dtype(config))
+        self.meter = Meter(images_per_step=config.global_batch, peak_flops=peak)
         self.observer = Observer(
             config.ijepa.monitor,
             process,
@@ -202,6 +206,7 @@ class Run:
         """The micro-batches of a step; the time each takes to arrive is measured, and the last one kept to be shown."""
         for batch in self.meter.watch(batches):
             self._batch = batch
+            self.meter.computes(len(batch.images) * self._flops_of(batch))
             yield batch
 
     def after_step(self, step: int, now: Hyperparameters, outcome: Outcome) -> bool:
@@ -264,6 +269,13 @@ class Run:
             values["memory_gb"] = torch.cuda.max_memory_allocated(self.process.device) / 1e9
         self.monitor.scalars(step, values)
 
+    def _flops_of(self, batch: Batch) -> float:
+        """Operations of one image of a micro-batch."""
+        num_targets, _, target_tokens = batch.target_blocks.shape
+        context_tokens = batch.context_block.shape[1]
+        flops = self.shapes.flops(context_tokens=context_tokens, target_tokens=target_tokens, num_targets=num_targets)
+        return flops.total
+
     def _warn_of_slow_bf16(self) -> None:
         dtypes = {"bf16": working_dtype(self.config), "torch_autocast": autocast_dtype(self.config)}
         key = next((key for key, dtype in dtypes.items() if dtype == torch.bfloat16), None)
@@ -282,7 +294,8 @@ class Run:
             f"{loader.steps_per_epoch} steps an epoch, {self.total_steps} in all\n"
             f"batch {config.global_batch} = {self.trainable.data_ranks} processes x {config.micro_batch} images x "
             f"{loader.micro_batches_per_step} micro-batches; {self.trainable.describe()}, "
-            f"{self.process.device.type}; {loader.pipeline.num_workers} loading threads a process\n"
+            f"{self.process.device.type} with {self.meter.peak_flops / 1e12:.3g} TFLOP/s in a product; "
+            f"{loader.pipeline.num_workers} loading threads a process\n"
             f"masks: {config.ijepa.masks.sampler} on {config.grid[0]} x {config.grid[1]} patches; folder "
             f"{self.folder.path}; {beginning}"
         )
