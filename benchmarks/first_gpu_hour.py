@@ -16,6 +16,7 @@ anew after each section. The table comes last.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ from typing import Any
 import measure
 from gpu_findings import HEADER, Context, Finding, load_findings
 
-START = 15.0  # seconds that the imports of a section may take beside its share
-LEAST = 20.0  # a section with less is not begun
+LEAST = 15.0  # seconds: a section with less is not begun
+GRACE = 3.0  # a section leaves by itself so much before it is ended
+TINY_PATIENCE = 10  # a rehearsal may run on a slow machine
+DONE, SKIPPED, OUT_OF_TIME = "done", "skipped: no time was left", "out of time: what it had found by then is kept"
 
 
 @dataclass(frozen=True)
@@ -78,33 +81,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = measure.parser(__doc__)
     names = [section.name for section in SECTIONS]
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: a rehearsal")
-    parser.add_argument("--minutes", type=float, default=9.3, help="of the whole (default: 9.3)")
+    parser.add_argument("--minutes", type=float, help="of the whole (default: 9.3; a rehearsal: 60)")
     parser.add_argument("--sections", nargs="+", choices=names, default=names)
     parser.add_argument("--images", type=Path, help="a .beton file (default: scenes rendered for the occasion)")
     parser.add_argument("--run", choices=names, help=argparse.SUPPRESS)  # a section, in the process that is its own
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.minutes = options.minutes or (60 if options.tiny else 9.3)
+    return options
 
 
 def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Each section in turn while there is time; the record, written after each."""
-    began, findings = time.monotonic(), []
-    sections: dict[str, dict[str, Any]] = {}
+    began = time.monotonic()
+    findings: list[Finding] = []
+    statuses: dict[str, dict[str, Any]] = {}
     result: dict[str, Any] = {}
-    for section in [section for section in SECTIONS if section.name in options.sections]:
-        left = 60 * options.minutes - (time.monotonic() - began)
-        seconds = min(section.seconds, left - START)
-        if seconds < LEAST:
-            status = f"skipped: {max(0.0, left):.0f} s are left of {options.minutes:g} minutes"
-            sections[section.name] = {"status": status, "seconds": 0.0}
-        else:
-            print(f"\n=== {section.name}, at most {seconds:.0f} s", flush=True)
-            sections[section.name] = run_process(section, options, folder, seconds)
-            findings += load_findings(folder / f"{section.name}.json")
-        if (status := sections[section.name]["status"]) != "done":
-            findings.append(Finding(section.name, "the section", status, "done", _verdict(status)))
-        found = {"sections": sections, "findings": [asdict(finding) for finding in findings]}
+    for worker in workers_of(options, folder):
+        section, left = worker.section, 60 * options.minutes - (time.monotonic() - began)
+        statuses[section.name] = worker.run(left)
+        findings += load_findings(folder / f"{section.name}.json")
+        if (status := statuses[section.name]["status"]) != DONE:
+            findings.append(Finding(section.name, "the section", status, DONE, _verdict(status)))
+        found = {"sections": statuses, "findings": [asdict(finding) for finding in findings]}
         result = measure.record(found, compared=__doc__, device=options.device)
         measure.save(result, options.json)
     print("\n" + measure.table([finding.row() for finding in findings], HEADER))
@@ -114,47 +113,85 @@ def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return result
 
 
+def workers_of(options: argparse.Namespace, folder: Path) -> Iterator[Worker]:
+    """The sections' processes; the next one's imports, as long as some sections, go on beside each."""
+    chosen = [section for section in SECTIONS if section.name in options.sections]
+    workers = [Worker(chosen[0], options, folder)]
+    try:
+        for section in chosen[1:]:
+            workers.append(Worker(section, options, folder))
+            yield workers[-2]
+        yield workers[-1]
+    finally:
+        for worker in workers[-2:]:
+            worker.end()
+
+
 def _verdict(status: str) -> bool | None:
     """A section that had no time is not wrong."""
-    return None if status.startswith(("skipped", "out of time")) else False
+    return None if status in (SKIPPED, OUT_OF_TIME) else False
 
 
-def run_process(section: Section, options: argparse.Namespace, folder: Path, seconds: float) -> dict[str, Any]:
-    """A section in a process of its own, which is ended at the end of its share; how it ended."""
-    command = [sys.executable, __file__, "--run", section.name, "--folder", str(folder), "--seconds", str(seconds)]
-    command += ["--device", str(options.device), *(["--tiny"] if options.tiny else [])]
-    command += ["--images", str(options.images)] if options.images else []
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ, "PYTHONUNBUFFERED": "1"}
-    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled"))
-    if options.device.type == "cpu":
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    began = time.monotonic()
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        status = {0: "done"}.get(code := process.wait(seconds + START), f"ended with {code}")
-    except subprocess.TimeoutExpired:
-        status = "out of time: what it had found by then is kept"
-    finally:
-        _end(process)
-    return {"status": status, "seconds": round(time.monotonic() - began, 1)}
+class Worker:
+    """The process of a section, which imports what it needs and then waits for its turn."""
 
+    def __init__(self, section: Section, options: argparse.Namespace, folder: Path) -> None:
+        self.section, self.ended = section, False
+        self.share = section.seconds * (TINY_PATIENCE if options.tiny else 1)
+        command = [sys.executable, __file__, "--run", section.name, "--folder", str(folder)]
+        command += ["--device", str(options.device), *(["--tiny"] if options.tiny else [])]
+        command += ["--images", str(options.images)] if options.images else []
+        environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ, "PYTHONUNBUFFERED": "1"}
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled"))
+        if options.device.type == "cpu":
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        # A session of its own, so that what it starts can be ended with it.
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, text=True, start_new_session=True
+        )
 
-def _end(process: subprocess.Popen) -> None:
-    """The section and what it has started: a session of its own."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
+    def run(self, left: float) -> dict[str, Any]:
+        """Give it the turn and, of the ``left`` seconds, its share; how it ended."""
+        seconds, began = min(self.share, left), time.monotonic()
+        try:
+            if seconds < LEAST:
+                return {"status": SKIPPED, "seconds": 0.0}
+            print(f"\n=== {self.section.name}, at most {seconds:.0f} s", flush=True)
+            status = self._wait(seconds)
+        finally:
+            self.end()
+        return {"status": status, "seconds": round(time.monotonic() - began, 1)}
+
+    def _wait(self, seconds: float) -> str:
+        assert self.process.stdin is not None
+        try:
+            print(seconds - GRACE, file=self.process.stdin, flush=True)
+            code = self.process.wait(seconds)
+        except BrokenPipeError:  # it did not get as far as its turn
+            code = self.process.wait()
+        except subprocess.TimeoutExpired:
+            return OUT_OF_TIME
+        return DONE if code == 0 else f"ended with {code}"
+
+    def end(self) -> None:
+        """The process and all that it has started."""
+        if self.ended:
+            return
+        self.ended = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def run_section(options: argparse.Namespace) -> None:
-    """What the process of a section does."""
+    """What the process of a section does: import, wait for its turn and the seconds of its share, measure."""
     section = next(section for section in SECTIONS if section.name == options.run)
-    context = Context(section.name, options.device, options.folder, options.seconds, options.tiny, options.images)
-    with context.attempt("the section"):
-        function = getattr(importlib.import_module(section.module), section.function)
-        function(context, *([section.argument] if section.argument else []))
+    function = getattr(importlib.import_module(section.module), section.function)
+    if not (turn := sys.stdin.readline()):
+        return
+    context = Context(section.name, options.device, options.folder, float(turn), options.tiny, options.images)
+    arguments = [section.argument] if section.argument else []
+    context.attempt("the section", lambda: function(context, *arguments))
 
 
 if __name__ == "__main__":

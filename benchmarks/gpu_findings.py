@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,17 +68,17 @@ class Context:
         measure.save([asdict(finding) for finding in self.findings], self.file)
         print(" | ".join(map(str, self.findings[-1].row())), flush=True)
 
-    @contextlib.contextmanager
-    def attempt(self, what: str, *, needs: float = 0.0) -> Iterator[None]:
-        """Keep an error of the block as a finding and go on; with less than ``needs`` seconds left, leave it out."""
+    def attempt(self, what: str, measurement: Callable[[], object], *, needs: float = 0.0) -> None:
+        """Make a measurement; keep its error as a finding and go on; with less than ``needs`` seconds left, skip it."""
         try:
             if self.left() < needs:
                 raise OutOfTime(f"{self.left():.0f} s are left, {needs:.0f} s are needed")
-            yield
+            measurement()
+        except OutOfTime as error:
+            self.found(what, f"not made: {error}")
         except Exception as error:
-            if not isinstance(error, OutOfTime):
-                traceback.print_exc()
-            self.found(what, _short(error), holds=None if isinstance(error, OutOfTime) else False)
+            traceback.print_exc()
+            self.found(what, _short(error), holds=False)
 
     def size(self, full: Any, tiny: Any) -> Any:
         """A number that the rehearsal has smaller."""

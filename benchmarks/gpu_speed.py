@@ -50,21 +50,33 @@ DEEPSPEED_WAITS = "ours, eager, with DeepSpeed's own checks and timers"
 
 def device(context: Context) -> None:
     """The peaks that the other sections are shares of."""
+    context.attempt("products", lambda: products(context))
+    context.attempt("copies", lambda: copies(context))
+    context.attempt("moving average", lambda: moving_average(context))
+
+
+def products(context: Context) -> None:
+    """The peak of each precision that a run may compute in."""
     for dtype in (torch.bfloat16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
-        with context.attempt(f"peak, {name}"):
-            context.found(f"fastest {name} product, TFLOP/s", peak_flops(context.device, dtype) / 1e12)
-    with context.attempt("copies"):
-        rates = peak.copy_rates(context.size(2_000_000_000, 1_000_000), context.device, seconds=0.2)
-        for name, rate in rates.items():
-            context.found(f"copy: {name}, GB/s", rate)
-    with context.attempt("moving average"):
-        options = argparse.Namespace(device=context.device, rounds=context.size(20, 1))
-        encoder = "tiny" if context.tiny else "huge"
-        result = ema.compare(ema.shapes_of(encoder, 14), torch.bfloat16, options)
-        share = result["share_of_copy_bandwidth"]
-        context.found(f"moving average of {encoder}: share of the copy's bandwidth", share, "about 1")
-        context.found("moving average: tensor by tensor over ours", result["loop_over_ours"], "> 1")
+        rate = peak_flops(context.device, dtype)
+        context.found(f"fastest {str(dtype).removeprefix('torch.')} product, TFLOP/s", rate / 1e12)
+
+
+def copies(context: Context) -> None:
+    """Within the device and to it."""
+    rates = peak.copy_rates(context.size(2_000_000_000, 1_000_000), context.device, seconds=0.2)
+    for name, rate in rates.items():
+        context.found(f"copy: {name}, GB/s", rate)
+
+
+def moving_average(context: Context) -> None:
+    """See ema.py."""
+    options = argparse.Namespace(device=context.device, rounds=context.size(20, 1))
+    encoder = "tiny" if context.tiny else "huge"
+    result = ema.compare(ema.shapes_of(encoder, 14), torch.bfloat16, options)
+    share = result["share_of_copy_bandwidth"]
+    context.found(f"moving average of {encoder}: share of the copy's bandwidth", share, "about 1")
+    context.found("moving average: tensor by tensor over ours", result["loop_over_ours"], "> 1")
 
 
 # --------------------------------------------------------------------------------------------------- memory, step times
@@ -80,14 +92,13 @@ def model(context: Context, name: str) -> None:
     began = time.monotonic()
     trainable = build_trainable(config, init_distributed())
     context.found(f"{name}: seconds to build it", time.monotonic() - began)
-    with context.attempt(f"{name}: memory"):
-        for side, wanted in zip(ours(context), predicted or (None, None), strict=False):
-            measure_memory(context, config, trainable, f"{name}, {side}", side, wanted)
-    with context.attempt(f"{name}: step times"):
-        compare_steps(context, config, trainable, name)
-    if not context.tiny and name == "vits16_single_gpu":
-        with context.attempt(f"{name}: DeepSpeed's own checks and timers", needs=20):
-            compare_with_deepspeed_waits(context, config, trainable, name, sizes)
+    for side, wanted in zip(ours(context), predicted or (None, None), strict=False):
+        memory = functools.partial(measure_memory, context, config, trainable, f"{name}, {side}", side, wanted)
+        context.attempt(f"{name}, {side}: memory", memory)
+    context.attempt(f"{name}: step times", lambda: compare_steps(context, config, trainable, name))
+    if name == "vits16_single_gpu":
+        waits = functools.partial(compare_with_deepspeed_waits, context, config, trainable, config_name, sizes)
+        context.attempt(f"{name}: {DEEPSPEED_WAITS}", waits, needs=15)
 
 
 def compiles(context: Context) -> bool:
@@ -225,7 +236,8 @@ def compare_with_deepspeed_waits(
     waiting = build_trainable(workload.config_of(name, **sizes, **waits), init_distributed())
     batch = workload.batch_of(config, step=mean_step(config), device=context.device)
     steps = {OURS: step_of(OURS, trainable, batch), DEEPSPEED_WAITS: step_of(OURS, waiting, batch)}
-    seconds = measure.in_turns(steps, rounds=5, device=context.device, times=4)
+    rounds, times = context.size(5, 1), context.size(4, 1)
+    seconds = measure.in_turns(steps, rounds=rounds, device=context.device, times=times)
     context.found(f"{name}: '{DEEPSPEED_WAITS}' over '{OURS}'", measure.ratio(seconds, DEEPSPEED_WAITS, OURS), ">= 1")
 
 
@@ -246,14 +258,12 @@ def attention(context: Context) -> None:
         shape = f"head {head}, {length} tokens, {sequences} sequences x {heads} heads"
         times: dict[str, float] = {}
         for name, backend in backends.items():
-            with context.attempt(f"attention, {shape}: {name}"):
-                try:
-                    times[name] = attention_seconds(context, backend, (sequences, length, heads, head))
-                except RuntimeError as error:  # a back end that does not take this
-                    context.found(f"attention, {shape}: {name}", f"not available: {str(error)[:60]}")
-        if times:
-            told = ", ".join(f"{name} {1e6 * taken:.0f}" for name, taken in sorted(times.items(), key=lambda i: i[1]))
-            context.found(f"attention, {shape}: us forward and backward", told)
+            try:
+                times[name] = attention_seconds(context, backend, (sequences, length, heads, head))
+            except RuntimeError as error:  # a back end that does not take this
+                context.found(f"attention, {shape}: {name}", f"not available: {str(error)[:60]}")
+        told = ", ".join(f"{name} {1e6 * taken:.0f}" for name, taken in sorted(times.items(), key=lambda i: i[1]))
+        context.found(f"attention, {shape}: us forward and backward", told)
 
 
 def attention_seconds(context: Context, backend: SDPBackend, shape: tuple[int, int, int, int]) -> float:
@@ -282,13 +292,18 @@ def loader(context: Context) -> None:
     context.found("loader: images", f"{dataset.num_samples} of {dataset.path}")
     cores = len(os.sched_getaffinity(0))
     for workers in sorted({min(count, cores) for count in context.size((1, 4, 8, 12, 16), (1,))}):
-        with context.attempt(f"loader, {workers} threads", needs=5):
-            batch = context.size(256, 8)
-            name = "tiny" if context.tiny else "vits16_single_gpu"
-            sizes = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": batch}
-            config = workload.config_of(name, **sizes, ijepa__data__workers=workers)
-            rate = loading_rate(context, config, dataset, steps=context.size(40, 4))
-            context.found(f"loader, {workers} threads: images/s on the device", rate)
+        measurement = functools.partial(measure_loading, context, dataset, workers)
+        context.attempt(f"loader, {workers} threads", measurement, needs=5)
+
+
+def measure_loading(context: Context, dataset: Any, workers: int) -> None:
+    """One number of loading threads."""
+    batch = context.size(256, 8)
+    name = "tiny" if context.tiny else "vits16_single_gpu"
+    sizes = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": batch}
+    config = workload.config_of(name, **sizes, ijepa__data__workers=workers)
+    rate = loading_rate(context, config, dataset, steps=context.size(40, 4))
+    context.found(f"loader, {workers} threads: images/s on the device", rate)
 
 
 def loading_rate(context: Context, config: Config, dataset: Any, *, steps: int) -> float:
