@@ -63,6 +63,9 @@ class RunConfig(Checked):
     stop_after_steps: Count | None = changeable_on_resume(
         None, "end after so many, with a checkpoint; the schedules keep their length"
     )
+    deterministic: bool = changeable_on_resume(
+        False, "the same bits again on the same GPUs, also after a resume; slower. A CPU always gives them"
+    )
 
 
 class DataConfig(Checked):
@@ -241,11 +244,6 @@ class Config:
         patch = self.ijepa.model.patch_size
         return self.ijepa.data.image_size[0] // patch, self.ijepa.data.image_size[1] // patch
 
-    @property
-    def zero_stage(self) -> int:
-        """DeepSpeed's ZeRO stage, 0 to 2."""
-        return self.deepspeed["zero_optimization"].get("stage", 0)
-
     def as_dict(self) -> dict[str, Any]:
         """The effective configuration, as it would stand in a file."""
         return {**copy.deepcopy(self.deepspeed), "ijepa": self.ijepa.model_dump(mode="json")}
@@ -340,6 +338,18 @@ def _disagreements(raw: dict[str, Any], ijepa: IJEPAConfig | None) -> list[str]:
     problems = []
     if all(isinstance(raw.get(key), dict) and raw[key].get("enabled") for key in ("bf16", "torch_autocast")):
         problems.append("bf16.enabled and torch_autocast.enabled exclude each other; turn one off")
+    autocast = raw.get("torch_autocast")
+    if isinstance(autocast, dict) and str(autocast.get("dtype")).split(".")[-1] == "float16":
+        problems.append(
+            f"torch_autocast.dtype = {autocast['dtype']} needs loss scaling, which the target encoder's "
+            "average does not follow; use bfloat16"
+        )
+    zero = raw.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("overlap_comm") and zero.get("contiguous_gradients") is False:
+        problems.append(
+            "zero_optimization.contiguous_gradients = false waits for the GPU at every bucket of "
+            "overlap_comm; leave it out"
+        )
     if ijepa is not None:
         problems += _disagreements_of_ours(ijepa)
     batch, micro = raw.get("train_batch_size"), raw.get("train_micro_batch_size_per_gpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import statistics
 import time
@@ -80,6 +81,25 @@ def bf16_warning(enabled: bool, device: torch.device, *, cure: str) -> str | Non
     if not enabled or has_fast_bf16(device):
         return None
     return f"bf16 is not faster than fp32 here: {why(device)}; {cure} computes in fp32"
+
+
+def set_numerics(*, low_precision: bool, deterministic: bool) -> None:
+    """Arithmetic of GPUs that would surprise is turned off: fp32 is fp32, and bf16 products are summed in fp32.
+
+    Call it before the first use of a GPU.
+
+    Args:
+        low_precision: the run computes in bf16, so that convolutions of fp32 values may be rounded too.
+        deterministic: only algorithms that give the same bits again; slower. An operation that has none raises.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # products split over K sum in bf16
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = low_precision  # on by default
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, for bugs
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import gc
 import json
 import math
 from collections.abc import Iterator
@@ -39,9 +40,9 @@ from ijepa_ds.engine.zero import Zero, init_distributed
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.online import OnlineProbe
 from ijepa_ds.exchange.export import export_timm
-from ijepa_ds.hardware import bf16_warning, peak_flops
+from ijepa_ds.hardware import bf16_warning, peak_flops, set_numerics
 from ijepa_ds.method.ijepa import normalize_images
-from ijepa_ds.method.masks import MaskSampler
+from ijepa_ds.method.masks import MaskSampler, default_context_tokens
 from ijepa_ds.method.schedules import Hyperparameters
 from ijepa_ds.run.folder import RunFolder
 from ijepa_ds.run.losses import LossSum
@@ -90,6 +91,8 @@ def check_before_building(config: Config) -> tuple[Dataset, MaskSampler]:
 
 def train(config: Config, dataset: Dataset, sampler: MaskSampler) -> None:
     """Pretrain as ``config`` says, going on from the run folder's newest checkpoint."""
+    low_precision = working_dtype(config) == torch.bfloat16 or autocast_dtype(config) is not None
+    set_numerics(low_precision=low_precision, deterministic=config.ijepa.run.deterministic)
     process = init_distributed()
     check_batch(config, process)
     trainable = build_trainable(config, process)
@@ -119,7 +122,22 @@ def build_trainable(config: Config, process: Process) -> Trainable:
         eps=optimization.eps,
         to_input=functools.partial(normalize_images, mean=mean, std=std, dtype=working_dtype(config)),
         autocast=autocast_dtype(config),
+        batches_at_once=micro_batches_at_once(config, process),
     )
+
+
+def micro_batches_at_once(config: Config, process: Process) -> int:
+    """Micro-batches of a step that one pass of the target encoder takes, as far as they cost no memory.
+
+    Without a backward pass it holds one block's activations of all N patches, when a micro-batch's backward holds
+    those of ``depth`` blocks of K. On a CPU one: there is nothing to gain, and the loader's buffers do not live on.
+    """
+    if process.device.type != "cuda":
+        return 1
+    patches = config.grid[0] * config.grid[1]
+    kept = config.ijepa.masks.context_tokens or default_context_tokens(config.grid)
+    micro_batches = config.global_batch // (config.micro_batch * process.world_size)
+    return max(1, min(micro_batches, encoder_dimensions(config).depth * kept // patches))
 
 
 class Run:
@@ -161,9 +179,15 @@ class Run:
 
     def __enter__(self) -> Run:
         self.stop = StopRequest()
+        # Garbage is collected at log lines alone: a pause of one rank is one of all. What is alive now stays so.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
         return self
 
     def __exit__(self, *_: object) -> None:
+        gc.enable()
+        gc.unfreeze()
         self.monitor.close()
         self.stop.restore()
 
@@ -221,6 +245,7 @@ class Run:
         self.monitor.say(self.saver.save(step, self.trainable.state(), self._outcome))
 
     def _log(self, step: int, now: Hyperparameters, outcome: Outcome, batch: Batch) -> None:
+        gc.collect()
         loss = self.losses.mean()
         if not math.isfinite(loss):
             raise UserError(

@@ -115,7 +115,7 @@ class Zero(ShardedTrainable):
         self.largest_norm = float(settings.get("gradient_clipping", 0.0))
         self.batches_at_once = batches_at_once
         self._gathers: list[dist.Work] = []
-        self.module.register_forward_pre_hook(lambda *_: self._wait_for_weights())
+        self.module.register_forward_pre_hook(lambda *_: self.wait_for_weights())
 
     def step(self, batches: Iterator[Batch], now: Hyperparameters) -> Outcome:
         """See :class:`~ijepa_ds.engine.trainable.Trainable`."""
@@ -133,7 +133,7 @@ class Zero(ShardedTrainable):
 
     def publish(self) -> None:
         """See :class:`~ijepa_ds.engine.trainable.Trainable`."""
-        self._wait_for_weights()
+        self.wait_for_weights()
         super().publish()
 
     def describe(self) -> str:
@@ -181,7 +181,8 @@ class Zero(ShardedTrainable):
         norm = self.engine.get_global_grad_norm()
         return applied, None if norm is None else torch.as_tensor(norm, device=self.process.device)
 
-    def _wait_for_weights(self) -> None:
+    def wait_for_weights(self) -> None:
+        """Until the working weights hold every rank's part; each forward pass of the module does this first."""
         for work in self._gathers:
             work.wait()
         self._gathers = []

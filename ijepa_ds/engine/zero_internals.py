@@ -63,9 +63,8 @@ def gradient_slices(engine: deepspeed.DeepSpeedEngine) -> list[Tensor] | None:
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         groups = optimizer.averaged_gradients.values()
-        flats = [getattr(group, "flat_partition", None) for group in groups]  # there with fp32 sums of bf16
-        if all(flat is not None for flat in flats):
-            return flats
+        if all(getattr(group, "flat_partition", None) is not None for group in groups):  # fp32 sums of bf16
+            return [group.flat_partition for group in groups]
         return [gradient for group in groups for gradient in group]
     if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO 0 with fp32
         return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -1,4 +1,4 @@
-"""A whole pass of the training loop makes the host wait for nothing: counted on a CPU that claims to be asynchronous."""
+"""A whole pass of the training loop makes the host wait for nothing: counted on a CPU that claims to be async."""
 
 from __future__ import annotations
 
@@ -113,7 +113,10 @@ def test_a_planted_read_is_found() -> None:
 
 def test_each_way_to_wait_is_found_and_none_is_left_watched() -> None:
     accelerator = types.SimpleNamespace(synchronize=lambda: None)
-    values, methods = torch.arange(3.0), (torch.Tensor.cpu, torch.Tensor.masked_fill_, torch.tensor, torch.cuda.synchronize)
+    values, methods = (
+        torch.arange(3.0),
+        (torch.Tensor.cpu, torch.Tensor.masked_fill_, torch.tensor, torch.cuda.synchronize),
+    )
     with HostReads(accelerator) as reads:
         bool(values[0] == 0)
         values.cpu()
