@@ -95,7 +95,7 @@ def main() -> None:
         },
     }
     print(json.dumps(results, indent=1))
-    measure.save(measure.record(results, compared=__doc__ or "", device=device), options.json)
+    measure.save(measure.record(results, compared=__doc__, device=device), options.json)
 
 
 def parse() -> argparse.Namespace:

@@ -96,11 +96,16 @@ def machine(device: torch.device) -> dict[str, Any]:
     return result
 
 
-def record(results: Any, *, compared: str, device: torch.device) -> dict[str, Any]:
-    """A result as it is kept: what was compared (the first paragraph of ``compared``), by which command, on what."""
+def first_paragraph(text: str | None) -> str:
+    """Of a benchmark's docstring, on one line: what is compared."""
+    return " ".join((text or "").split("\n\n")[0].split())
+
+
+def record(results: Any, *, compared: str | None, device: torch.device) -> dict[str, Any]:
+    """A result as it is kept: what was compared (see :func:`first_paragraph`), by which command, on what."""
     command = ["python", str(Path(sys.argv[0]).name), *sys.argv[1:]]
     return {
-        "compared": " ".join(compared.split("\n\n")[0].split()),
+        "compared": first_paragraph(compared),
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(command),
         "commit": git_commit(),

@@ -12,6 +12,7 @@ from ijepa_ds.data.pretraining_loader import PretrainingLoader
 from ijepa_ds.distributed import Process, leave_to_main_process
 from ijepa_ds.errors import UserError
 from ijepa_ds.method.encoder import Dimensions, VisionTransformer, dimensions_of, set_attention
+from ijepa_ds.method.flops import Shapes
 from ijepa_ds.method.ijepa import IJEPA
 from ijepa_ds.method.masks import MaskSampler, MultiblockSampler, ReferenceSampler, default_context_tokens
 from ijepa_ds.method.predictor import Predictor
@@ -151,3 +152,15 @@ def autocast_dtype(config: Config) -> torch.dtype | None:
     """The dtype of torch_autocast, if it is on."""
     autocast = config.deepspeed["torch_autocast"]
     return getattr(torch, autocast.get("dtype", "bfloat16").split(".")[-1]) if autocast.get("enabled") else None
+
+
+def shapes_of(config: Config) -> Shapes:
+    """The sizes by which a training step's arithmetic is counted."""
+    model, encoder = config.ijepa.model, encoder_dimensions(config)
+    predictor = Dimensions(model.predictor_width, model.predictor_depth, model.predictor_heads or encoder.heads)
+    return Shapes(encoder, predictor, model.patch_size, config.grid[0] * config.grid[1])
+
+
+def computing_dtype(config: Config) -> torch.dtype:
+    """The dtype of the products: that of torch_autocast where it is on, else that of the weights."""
+    return autocast_dtype(config) or working_dtype(config)

@@ -63,6 +63,9 @@ class RunConfig(Checked):
     stop_after_steps: Count | None = changeable_on_resume(
         None, "end after so many, with a checkpoint; the schedules keep their length"
     )
+    deterministic: bool = changeable_on_resume(
+        False, "the same bits again on the same GPUs, also after a resume; slower. A CPU always gives them"
+    )
 
 
 class DataConfig(Checked):
@@ -328,8 +331,8 @@ def _for_deepspeed(raw: dict[str, Any]) -> dict[str, Any]:
     config["zero_allow_untested_optimizer"] = True  # torch's AdamW
     zero = config["zero_optimization"]
     if zero.get("stage", 0):
-        zero.setdefault("reduce_bucket_size", 200_000_000)  # the default of 5e8 elements takes 1 to 2 GB
-        zero.setdefault("allgather_bucket_size", 200_000_000)
+        # A bucket travels while backward goes on, all but the last one: few large ones (5e8 by default) overlap little.
+        zero.setdefault("reduce_bucket_size", 50_000_000)
         if config["bf16"].get("enabled"):
             config["data_types"].setdefault("grad_accum_dtype", "fp32")  # bf16 sums lose small gradients
     return config
@@ -340,6 +343,18 @@ def _disagreements(raw: dict[str, Any], ijepa: IJEPAConfig | None) -> list[str]:
     problems = []
     if all(isinstance(raw.get(key), dict) and raw[key].get("enabled") for key in ("bf16", "torch_autocast")):
         problems.append("bf16.enabled and torch_autocast.enabled exclude each other; turn one off")
+    autocast = raw.get("torch_autocast")
+    if isinstance(autocast, dict) and str(autocast.get("dtype")).split(".")[-1] == "float16":
+        problems.append(
+            f"torch_autocast.dtype = {autocast['dtype']} needs loss scaling, which the target encoder's "
+            "average does not follow; use bfloat16"
+        )
+    zero = raw.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("overlap_comm") and zero.get("contiguous_gradients") is False:
+        problems.append(
+            "zero_optimization.contiguous_gradients = false waits for the GPU at every bucket of "
+            "overlap_comm; leave it out"
+        )
     if ijepa is not None:
         problems += _disagreements_of_ours(ijepa)
     batch, micro = raw.get("train_batch_size"), raw.get("train_micro_batch_size_per_gpu")

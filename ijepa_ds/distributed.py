@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -88,6 +89,32 @@ def on_any_rank(flags: list[bool], process: Process) -> list[bool]:
     counts = torch.tensor(flags, dtype=torch.int32)
     dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=process.control)
     return [bool(count) for count in counts]
+
+
+class Votes:
+    """What :func:`on_any_rank` tells, one question late: no rank waits for the slowest one at every step."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self._asked: tuple[np.ndarray, dist.Work | None] | None = None
+
+    def ask(self, flags: list[bool]) -> list[bool]:
+        """Of each flag that was given to the call before, whether it held on any rank; false at the first call.
+
+        A lone process hears of its flags at once.
+        """
+        if self.process.world_size == 1:
+            return flags
+        before = self._asked
+        counts = np.array(flags, np.int32)
+        tensor = torch.from_numpy(counts)  # the same memory
+        self._asked = counts, dist.all_reduce(tensor, dist.ReduceOp.MAX, self.process.control, async_op=True)
+        if before is None:
+            return [False] * len(flags)
+        counts, work = before
+        if work is not None:  # as torch's types have it
+            work.wait()
+        return counts.astype(bool).tolist()
 
 
 def mean_over_ranks(value: torch.Tensor, process: Process) -> float:

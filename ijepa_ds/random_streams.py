@@ -53,7 +53,7 @@ def below(key, counter, limit):
     return np.int64(uniform(key, counter) * limit)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)  # some 0.3 s for ImageNet-22k, made by a thread beside the training
 def _sort_keys(seed, purpose, time, num_samples):
     keys = np.empty(num_samples, np.uint64)
     for sample in range(num_samples):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import gc
 import json
 import math
 from collections.abc import Iterator
@@ -22,14 +23,16 @@ from ijepa_ds.build import (
     build_sampler,
     build_target,
     check_batch,
+    computing_dtype,
     encoder_dimensions,
     schedules_of,
+    shapes_of,
     working_dtype,
 )
 from ijepa_ds.config import Config, load_config
 from ijepa_ds.data.beton import Dataset, inspect_dataset
 from ijepa_ds.data.pretraining_loader import Batch, PretrainingLoader
-from ijepa_ds.distributed import Process, from_main, leave_to_main_process, on_any_rank
+from ijepa_ds.distributed import Process, Votes, from_main, leave_to_main_process
 from ijepa_ds.engine.checkpoint import load
 from ijepa_ds.engine.checkpoint_files import checkpoint_step
 from ijepa_ds.engine.trainable import Outcome, Trainable
@@ -37,9 +40,9 @@ from ijepa_ds.engine.zero import Zero, init_distributed
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.online import OnlineProbe
 from ijepa_ds.exchange.export import export_timm
-from ijepa_ds.hardware import bf16_warning
+from ijepa_ds.hardware import bf16_warning, peak_flops, set_numerics
 from ijepa_ds.method.ijepa import normalize_images
-from ijepa_ds.method.masks import MaskSampler
+from ijepa_ds.method.masks import MaskSampler, default_context_tokens
 from ijepa_ds.method.schedules import Hyperparameters
 from ijepa_ds.run.folder import RunFolder
 from ijepa_ds.run.losses import LossSum
@@ -88,6 +91,8 @@ def check_before_building(config: Config) -> tuple[Dataset, MaskSampler]:
 
 def train(config: Config, dataset: Dataset, sampler: MaskSampler) -> None:
     """Pretrain as ``config`` says, going on from the run folder's newest checkpoint."""
+    low_precision = working_dtype(config) == torch.bfloat16 or autocast_dtype(config) is not None
+    set_numerics(low_precision=low_precision, deterministic=config.ijepa.run.deterministic)
     process = init_distributed()
     check_batch(config, process)
     trainable = build_trainable(config, process)
@@ -117,7 +122,22 @@ def build_trainable(config: Config, process: Process) -> Trainable:
         eps=optimization.eps,
         to_input=functools.partial(normalize_images, mean=mean, std=std, dtype=working_dtype(config)),
         autocast=autocast_dtype(config),
+        batches_at_once=micro_batches_at_once(config, process),
     )
+
+
+def micro_batches_at_once(config: Config, process: Process) -> int:
+    """Micro-batches of a step that one pass of the target encoder takes, as far as they cost no memory.
+
+    Without a backward pass it holds one block's activations of all N patches, when a micro-batch's backward holds
+    those of ``depth`` blocks of K. On a CPU one: there is nothing to gain, and the loader's buffers do not live on.
+    """
+    if process.device.type != "cuda":
+        return 1
+    patches = config.grid[0] * config.grid[1]
+    kept = config.ijepa.masks.context_tokens or default_context_tokens(config.grid)
+    micro_batches = config.global_batch // (config.micro_batch * process.world_size)
+    return max(1, min(micro_batches, encoder_dimensions(config).depth * kept // patches))
 
 
 class Run:
@@ -140,7 +160,9 @@ class Run:
             images_per_step=config.global_batch,
             start_step=first_step,
         )
-        self.meter = Meter(images_per_step=config.global_batch)
+        self.shapes = shapes_of(config)
+        peak = peak_flops(process.device, computing_dtype(config))
+        self.meter = Meter(images_per_step=config.global_batch, peak_flops=peak)
         self.observer = Observer(
             config.ijepa.monitor,
             process,
@@ -151,15 +173,21 @@ class Run:
         )
         saved_step = -1 if self.checkpoint is None else first_step
         self.saver = Saver(self.folder.checkpoints, config.ijepa.checkpoint, process, saved_step=saved_step)
-        self.losses = LossSum(process)
+        self.losses, self.votes = LossSum(process), Votes(process)
         self._batch: Batch | None = None
         self._outcome: Outcome | None = None
 
     def __enter__(self) -> Run:
         self.stop = StopRequest()
+        # Garbage is collected at log lines alone: a pause of one rank is one of all. What is alive now stays so.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
         return self
 
     def __exit__(self, *_: object) -> None:
+        gc.enable()
+        gc.unfreeze()
         self.monitor.close()
         self.stop.restore()
 
@@ -178,6 +206,7 @@ class Run:
         """The micro-batches of a step; the time each takes to arrive is measured, and the last one kept to be shown."""
         for batch in self.meter.watch(batches):
             self._batch = batch
+            self.meter.computes(len(batch.images) * self._flops_of(batch))
             yield batch
 
     def after_step(self, step: int, now: Hyperparameters, outcome: Outcome) -> bool:
@@ -190,8 +219,8 @@ class Run:
             self._log(step, now, outcome, self._batch)
         with self.meter.pause():
             self.observer.after_step(step, self._batch, self.trainable.features, last=last)
-            stop, save = on_any_rank([self.stop.requested is not None, self.saver.due(step)], self.process)
-            if (save or stop) and not last:
+            stop, late = self.votes.ask([self.stop.requested is not None, self.saver.due_by_time()])
+            if (stop or late or self.saver.due_by_steps(step)) and not last:
                 self._save(step)
         if stop and not last:
             signal = self.stop.requested or "another rank"
@@ -216,6 +245,7 @@ class Run:
         self.monitor.say(self.saver.save(step, self.trainable.state(), self._outcome))
 
     def _log(self, step: int, now: Hyperparameters, outcome: Outcome, batch: Batch) -> None:
+        gc.collect()
         loss = self.losses.mean()
         if not math.isfinite(loss):
             raise UserError(
@@ -239,6 +269,13 @@ class Run:
             values["memory_gb"] = torch.cuda.max_memory_allocated(self.process.device) / 1e9
         self.monitor.scalars(step, values)
 
+    def _flops_of(self, batch: Batch) -> float:
+        """Operations of one image of a micro-batch."""
+        num_targets, _, target_tokens = batch.target_blocks.shape
+        context_tokens = batch.context_block.shape[1]
+        flops = self.shapes.flops(context_tokens=context_tokens, target_tokens=target_tokens, num_targets=num_targets)
+        return flops.total
+
     def _warn_of_slow_bf16(self) -> None:
         dtypes = {"bf16": working_dtype(self.config), "torch_autocast": autocast_dtype(self.config)}
         key = next((key for key, dtype in dtypes.items() if dtype == torch.bfloat16), None)
@@ -257,7 +294,8 @@ class Run:
             f"{loader.steps_per_epoch} steps an epoch, {self.total_steps} in all\n"
             f"batch {config.global_batch} = {self.trainable.data_ranks} processes x {config.micro_batch} images x "
             f"{loader.micro_batches_per_step} micro-batches; {self.trainable.describe()}, "
-            f"{self.process.device.type}; {loader.pipeline.num_workers} loading threads a process\n"
+            f"{self.process.device.type} with {self.meter.peak_flops / 1e12:.3g} TFLOP/s in a product; "
+            f"{loader.pipeline.num_workers} loading threads a process\n"
             f"masks: {config.ijepa.masks.sampler} on {config.grid[0]} x {config.grid[1]} patches; folder "
             f"{self.folder.path}; {beginning}"
         )

@@ -92,8 +92,7 @@ def test_what_deepspeed_would_choose_otherwise_is_filled_in():
     assert zero["data_types"] == {"grad_accum_dtype": "fp32"}
     assert zero["zero_optimization"] == {
         "stage": 2,
-        "reduce_bucket_size": 200_000_000,
-        "allgather_bucket_size": 200_000_000,
+        "reduce_bucket_size": 50_000_000,
     }
     assert parse_config(raw(zero_optimization={"stage": 2})).deepspeed["data_types"] == {}
 
@@ -535,6 +534,7 @@ CHANGEABLE = {
     "steps_per_print": 5,
     "ijepa__run__folder": "elsewhere",
     "ijepa__run__stop_after_steps": 5,
+    "ijepa__run__deterministic": True,
     "ijepa__data__train": "moved.beton",
     "ijepa__data__validation": "val.beton",
     "ijepa__data__workers": 3,

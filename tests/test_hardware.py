@@ -32,6 +32,34 @@ def test_the_products_are_timed_once_and_leave_the_threads_as_they_were():
     assert hardware.product_seconds() is first and torch.get_num_threads() == threads
 
 
+@pytest.mark.parametrize(
+    ("rates", "sizes", "peak"),
+    [
+        ({256: 1e11, 512: 3e11, 1024: 2e11}, [256, 512, 1024], 3e11),  # the last takes 11 ms: long enough
+        ({256: 1e9}, [256], 1e9),  # a processor that emulates bf16
+        ({256 << n: 1e15 * (n + 1) for n in range(6)}, [256, 512, 1024, 2048, 4096, 8192], 6e15),
+    ],
+)
+def test_the_peak_is_that_of_the_fastest_product_and_found_once(monkeypatch, rates, sizes, peak):
+    tried: list[int] = []
+
+    def rate(size: int, *_: object, seconds: float) -> float:
+        tried.append(size)
+        return rates[size]
+
+    monkeypatch.setattr(hardware, "product_flops", rate)
+    hardware.peak_flops.cache_clear()
+    assert [hardware.peak_flops(CPU, torch.float32) for _ in range(2)] == [peak, peak] and tried == sizes
+    hardware.peak_flops.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_has_a_rate_and_draws_nothing_that_a_run_would(dtype):
+    state = torch.get_rng_state()
+    assert 0 < hardware.product_flops(64, CPU, dtype, seconds=0.001) < 1e15
+    assert torch.equal(torch.get_rng_state(), state), "initial weights must not depend on a measurement"
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the variables are of x86 processors")
 def test_a_processor_without_bf16_arithmetic_is_known():
     """Most of it is taken away by the environment, so that the libraries emulate bf16 on every processor."""

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "__main__": "",
 }
 ONLY_IN = {
-    "deepspeed": {"engine.zero"},
+    "deepspeed": {"engine.zero", "engine.zero_internals"},
     "ffcv": {"data.beton", "data.ffcv_pipeline"},
 }
 

@@ -35,6 +35,8 @@ SCALARS = {
     "grad_norm": "train/grad_norm",
     "images_per_second": "speed/images_per_second",
     "loader_wait": "speed/loader_wait",
+    "tflops": "speed/tflops",
+    "peak_share": "speed/peak_share",
     "context_tokens": "train/context_tokens",
     "target_tokens": "train/target_tokens",
     "rankme": "health/rankme",
@@ -108,6 +110,7 @@ def test_metrics(run) -> None:
         assert row["context_tokens"] == 18 and row["grad_norm"] > 0 and 0 < row["loss"] < 2
     for row in rows[1:]:
         assert row["images_per_second"] > 0 and 0 <= row["loader_wait"] <= 1
+        assert row["tflops"] > 0 and 0 < row["peak_share"] < 1
     assert [row["step"] for row in rows if "rankme" in row] == [4, 8]
     for probe in ("knn/label", "linear/label"):
         assert [row["step"] for row in rows if probe in row] == [1, 4, 8]

@@ -1,16 +1,20 @@
 """FFCV's pipeline with our crops, flips and masks drawn inside its compiled code.
 
-The order yields ``sample | time << 32``, where the time is a step or an epoch; FFCV hands these numbers through
+FFCV's indices are ``sample | time << 32``, where the time is a step or an epoch; FFCV hands these numbers through
 untouched, and every operation masks the sample out and uses the whole number as the key of its random streams. So the
-same pixels arrive for any world size, micro-batch, worker count, and after a resume.
+same pixels arrive for any world size, micro-batch, worker count, and after a resume, and one traversal may go on over
+any number of epochs.
 """
 
 from __future__ import annotations
 
+import itertools
 import queue
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import TypeVar
+from unittest import mock
 
 import numba
 import numpy as np
@@ -18,13 +22,13 @@ import torch
 from ffcv.libffcv import imdecode, resize_crop
 from ffcv.loader import Loader as FFCVLoader
 from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.pipeline_spec import PipelineSpec
 from ffcv.pipeline.state import State
 from ffcv.reader import Reader
-from ffcv.traversal_order.base import TraversalOrder
 
 from ijepa_ds.data.beton import Dataset
 from ijepa_ds.data.crops import is_flipped, mirror
@@ -152,13 +156,15 @@ class SampleMasks(Operation):
 
 
 class ToTensors(Operation):
-    """numpy to torch, for one array or a tuple of them; no copy."""
+    """numpy to torch, for one array or the images of (images, return codes); no copy."""
 
     def generate_code(self) -> Callable:
         """The function that FFCV calls."""
 
         def to_tensors(arrays, _):
-            return tuple(map(torch.from_numpy, arrays)) if isinstance(arrays, tuple) else torch.from_numpy(arrays)
+            if isinstance(arrays, tuple):
+                return torch.from_numpy(arrays[0]), arrays[1]  # the host alone reads the codes
+            return torch.from_numpy(arrays)
 
         return to_tensors
 
@@ -167,33 +173,50 @@ class ToTensors(Operation):
         return replace(previous_state, jit_mode=False), None
 
 
-class _KeyOrder(TraversalOrder):
-    """Hands FFCV the numbers it is given. FFCV wants an instance that gives itself when called with the loader."""
+@dataclass(frozen=True)
+class Request:
+    """A batch that is asked of the loading thread."""
 
-    def __init__(self, keys: np.ndarray) -> None:
-        self.keys = keys
+    samples: np.ndarray  # int64 [B]
+    time: int  # a step or an epoch
 
-    def __call__(self, loader: FFCVLoader) -> _KeyOrder:
-        return self
+    @property
+    def keys(self) -> np.ndarray:
+        """What FFCV is handed for each sample: ``sample | time << 32``, uint64 [B]."""
+        return np.asarray(self.samples, np.uint64) | (np.uint64(self.time) << TIME_SHIFT)
 
-    def sample_order(self, epoch: int) -> np.ndarray:
-        """The same in every epoch."""
-        return self.keys
+
+AnyRequest = TypeVar("AnyRequest", bound=Request)
 
 
 class _Traversal(EpochIterator):
-    """FFCV's loading thread, watched: its death reaches the consumer, who would wait for ever otherwise."""
+    """FFCV's loading thread, which takes its batches from an iterator and is watched.
+
+    FFCV would hold a list of all batches, which is gigabytes for a long run. And its consumer would wait for ever where
+    the thread has died.
+    """
 
     error: BaseException | None = None
+
+    def __init__(self, loader: FFCVLoader, requests: Iterator[Request]) -> None:
+        self.requests = requests
+        super().__init__(loader, order=())  # starts the thread
 
     def run(self) -> None:
         """Load, and keep what ended it."""
         try:
+            if torch.cuda.is_available():  # a thread begins on device 0, and would make a context there on every rank
+                torch.cuda.set_device(self.current_stream.device)
+            self.iter_ixes = itertools.takewhile(lambda _: not self.terminate_event.is_set(), self.requests)
             super().run()
         except BaseException as error:  # whatever ended the thread is raised again in the consumer
             self.error = error
 
-    def __next__(self) -> tuple:
+    def run_pipeline(self, position: int, request: Request, *slot_and_event) -> tuple[Request, tuple]:
+        """A batch, with the request that it answers."""
+        return request, super().run_pipeline(position, request.keys, *slot_and_event)
+
+    def __next__(self) -> tuple[Request, tuple]:
         while True:
             try:
                 result = self.output_queue.get(timeout=_STALL_SECONDS)
@@ -204,14 +227,30 @@ class _Traversal(EpochIterator):
         if result is None:
             self.close()
             raise StopIteration
-        slot, arrays = result
+        slot, answer = result
         if torch.cuda.is_available():
             self.current_stream.wait_stream(self.cuda_streams[slot])
-        return arrays
+        return answer
+
+    def close(self) -> None:
+        """Let the thread end, which may be waiting for room in the queue."""
+        super().close()
+        with suppress(queue.Empty):
+            while True:
+                self.output_queue.get_nowait()
+
+
+class _FileMap(OSCacheManager):
+    """Where in the file each sample lies, alone: FFCV's own also keeps Python sets of pages, which nothing reads."""
+
+    def __init__(self, reader: Reader) -> None:
+        order = np.argsort(reader.alloc_table["ptr"])
+        self.reader, self.ptrs, self.sizes = reader, reader.alloc_table["ptr"][order], reader.alloc_table["size"][order]
+        self.context = OSCacheContext(self)
 
 
 class Pipeline:
-    """An FFCV loader over given keys, in order. Compiling it takes seconds, so it's made once and traversed often."""
+    """An FFCV loader for any batches, in order. Compiling it takes seconds, so it's made once and traversed often."""
 
     def __init__(self, dataset: Dataset, pipelines: dict[str, PipelineSpec], *, batch_size: int, num_workers: int):
         hide_finalizers_of_numba()
@@ -220,28 +259,30 @@ class Pipeline:
         self.num_workers = max(1, min(num_workers, most))
         reader = Reader(dataset.path)
         unused = {name: None for name in reader.handlers if name not in pipelines}
-        with _torch_threads_kept():
+        with _torch_threads_kept(), mock.patch("ffcv.loader.loader.OSCacheManager", _FileMap):
             self.ffcv = FFCVLoader(
                 dataset.path,
                 batch_size=batch_size,
                 num_workers=self.num_workers,
                 os_cache=True,
-                order=_KeyOrder(np.arange(1, dtype=np.uint64)),
+                indices=np.zeros(1, np.uint64),  # never read: each traversal brings its own
                 pipelines={**pipelines, **unused},
                 batches_ahead=_BATCHES_AHEAD,
             )
 
-    def traverse(self, keys: np.ndarray) -> Iterator[tuple]:
-        """The outputs for ``keys`` uint64 [n] in batches, the last of which may be smaller."""
+    def traverse(self, requests: Iterator[AnyRequest]) -> Iterator[tuple[AnyRequest, tuple]]:
+        """Each request of at most ``batch_size`` samples with its outputs; the loading thread draws the requests."""
         threads = torch.get_num_threads()
         Compiler.set_num_threads(self.num_workers)  # numba's number is each thread's own; FFCV sets torch's with it
-        traversal = _Traversal(self.ffcv, keys)
+        traversal = _Traversal(self.ffcv, requests)
         torch.set_num_threads(threads)
         try:
-            for position, outputs in enumerate(traversal):
+            for position, (request, outputs) in enumerate(traversal):
                 if position == 0:
                     torch.set_num_threads(threads)  # the loading thread has set it meanwhile
-                yield outputs
+                    if torch.cuda.is_available():
+                        warn_of_pageable(outputs)
+                yield request, outputs
         finally:
             traversal.close()
 
@@ -255,20 +296,26 @@ def _torch_threads_kept() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def warn_of_pageable(outputs: tuple) -> None:
+    """One line where a batch's buffers are not pinned: FFCV says nothing when it could not have them so."""
+    tensors = itertools.chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in outputs)
+    if not all(tensor.is_pinned() for tensor in tensors):
+        print(
+            "warning: the loader's buffers could not be pinned, so each copy of a batch to the GPU holds up the "
+            "process; is the limit of locked memory (ulimit -l) too low?",
+            flush=True,
+        )
+
+
 def image_spec(operation: Operation) -> PipelineSpec:
     """A pipeline from the image field through ``operation`` to tensors."""
     return PipelineSpec("image", decoder=operation, transforms=[ToTensors()])
 
 
-def keys(samples: np.ndarray, time: np.ndarray | int) -> np.ndarray:
-    """What FFCV is handed for each sample at a step or in an epoch: ``sample | time << 32``, uint64."""
-    return np.asarray(samples, np.uint64) | (np.asarray(time, np.uint64) << TIME_SHIFT)
-
-
-def refuse_failed(failed: torch.Tensor, samples: np.ndarray, path: str) -> None:
+def refuse_failed(failed: np.ndarray, samples: np.ndarray, path: str) -> None:
     """Name the ``samples`` [B] whose decoding ``failed`` [B, 1], if any (:class:`DecodeError`)."""
     if failed.any():
-        bad = some(map(int, samples[failed.numpy()[:, 0] != 0]))
+        bad = some(map(int, samples[failed[:, 0] != 0]))
         raise DecodeError(
             f"{path}: sample {bad} cannot be decoded; find all with: python data_prep/to_ffcv.py --verify {path}"
         )

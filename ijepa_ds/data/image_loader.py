@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ijepa_ds.data.beton import Dataset
 from ijepa_ds.data.crops import center_crop, random_crop
-from ijepa_ds.data.ffcv_pipeline import DecodeCrop, Pipeline, image_spec, keys, refuse_failed
+from ijepa_ds.data.ffcv_pipeline import DecodeCrop, Pipeline, Request, image_spec, refuse_failed
 
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of random crops: the usual ImageNet protocol's, torchvision's defaults
 
@@ -52,8 +52,8 @@ class ImageLoader:
 
     def batches(self, samples: np.ndarray, epoch: int = 0) -> Iterator[Tensor]:
         """Images of ``samples`` in their order, uint8 [B, H, W, 3]; use each batch before the next."""
-        position = 0
-        for ((images, failed),) in self.pipeline.traverse(keys(samples, epoch)):
-            refuse_failed(failed, samples[position : position + len(images)], self.dataset.path)
-            position += len(images)
+        starts = range(0, len(samples), self.pipeline.batch_size)
+        requests = (Request(samples[start : start + self.pipeline.batch_size], epoch) for start in starts)
+        for request, ((images, failed),) in self.pipeline.traverse(requests):
+            refuse_failed(failed, request.samples, self.dataset.path)
             yield images

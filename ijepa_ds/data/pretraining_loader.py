@@ -8,7 +8,9 @@ Shapes: B images of a micro-batch, K context tokens, M target blocks, T tokens o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,32 +20,54 @@ from torch import Tensor
 from ijepa_ds.data.beton import Dataset
 from ijepa_ds.data.copy_ahead import on_device
 from ijepa_ds.data.crops import random_crop
-from ijepa_ds.data.ffcv_pipeline import DecodeCrop, Pipeline, SampleMasks, image_spec, keys, refuse_failed
+from ijepa_ds.data.ffcv_pipeline import DecodeCrop, Pipeline, Request, SampleMasks, image_spec, refuse_failed
 from ijepa_ds.method.masks import MaskSampler
 from ijepa_ds.random_streams import permutation
 
 
 @dataclass
 class Batch:
-    """One micro-batch. The arrays live in the loader's ring of buffers: use them before the next batch is asked for."""
+    """One micro-batch. On a CPU its images lie in the loader's ring of buffers: use them before asking for the next."""
 
     images: Tensor  # uint8 [B, H, W, 3]
     context_block: Tensor  # int64 [B, K]
     target_blocks: Tensor  # int64 [M, B, T]
     samples: np.ndarray  # int64 [B]
 
-    def to(self, device: torch.device, *, non_blocking: bool = True) -> Batch:
-        """The batch on ``device``, copied asynchronously where the loader's buffers are pinned."""
-        images, context_block, target_blocks = (
-            tensor.to(device, non_blocking=non_blocking)
-            for tensor in (self.images, self.context_block, self.target_blocks)
-        )
-        return Batch(images, context_block, target_blocks, self.samples)
-
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the tensors' memory until ``stream`` has used them."""
         for tensor in (self.images, self.context_block, self.target_blocks):
             tensor.record_stream(stream)
+
+
+@dataclass(frozen=True)
+class _MicroBatch(Request):
+    """What the loading thread is asked for, with the sizes that its step's masks have."""
+
+    context_tokens: int
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A micro-batch in the loader's buffers. They are sent whole: what is cut out of them lies in pageable memory."""
+
+    request: _MicroBatch
+    images: Tensor  # uint8 [B, H, W, 3]
+    rows: Tensor  # int32, of SampleMasks
+    sampler: MaskSampler
+
+    def to(self, device: torch.device, *, non_blocking: bool = True) -> Batch:
+        """The batch on ``device``, copied asynchronously where the buffers are pinned; the masks are cut out there."""
+        images, rows = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.images, self.rows))
+        begin, shape = 1 + self.sampler.context_room, (self.sampler.num_targets, self.request.target_tokens)
+        targets = rows[:, begin : begin + shape[0] * shape[1]].unflatten(1, shape).transpose(0, 1)
+        return Batch(
+            images=images,
+            context_block=rows[:, 1 : 1 + self.request.context_tokens].long(),
+            target_blocks=targets.to(torch.int64, memory_format=torch.contiguous_format),
+            samples=self.request.samples,
+        )
 
 
 class PretrainingLoader:
@@ -88,34 +112,48 @@ class PretrainingLoader:
 
     def from_step(self, step: int, end: int, device: torch.device | str = "cpu") -> Iterator[Iterator[Batch]]:
         """For each step in [step, end) an iterator over this rank's micro-batches on ``device``, to be used up."""
-        while step < end:
-            epoch, first = divmod(step, self.steps_per_epoch)
-            last = min(self.steps_per_epoch, first + end - step)
-            order = permutation(self.seed, epoch, self.dataset.num_samples)
-            batches = on_device(self._epoch(order, epoch * self.steps_per_epoch, first, last), torch.device(device))
-            for _ in range(first, last):
+        batches = on_device(self._batches(step, end), torch.device(device))
+        try:
+            for _ in range(step, end):
                 yield (next(batches) for _ in range(self.micro_batches_per_step))
-            step += last - first
+        finally:
             batches.close()
 
     def step_samples(self, step: int) -> np.ndarray:
         """The samples of a step's global batch in order, int64 [global batch]."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        order = permutation(self.seed, epoch, self.dataset.num_samples)
-        return order[position * self.global_batch : (position + 1) * self.global_batch]
+        return next(self._global_batches(step, step + 1))
 
-    def _epoch(self, order: np.ndarray, epoch_start: int, first: int, last: int) -> Iterator[Batch]:
-        shape = (last - first, self.micro_batches_per_step, self.world_size, self.micro_batch)
-        slots = order[first * self.global_batch : last * self.global_batch].reshape(shape)
-        steps = np.arange(epoch_start + first, epoch_start + last, dtype=np.uint64)
-        mine = keys(slots[:, :, self.rank], steps[:, None, None])
-        outputs = self.pipeline.traverse(mine.reshape(-1))
-        for position, ((images, failed), rows) in enumerate(outputs):
-            step, micro = divmod(position, self.micro_batches_per_step)
-            samples = slots[step, micro, self.rank]
-            refuse_failed(failed, samples, self.dataset.path)
-            group = self._truncation_group(slots[step].reshape(-1), micro)
-            yield self._batch(images, rows, samples, epoch_start + first + step, group)
+    def _batches(self, step: int, end: int) -> Iterator[_Loaded]:
+        for request, ((images, failed), rows) in self.pipeline.traverse(self._requests(step, end)):
+            refuse_failed(failed, request.samples, self.dataset.path)
+            yield _Loaded(request, images, rows, self.sampler)
+
+    def _requests(self, step: int, end: int) -> Iterator[_MicroBatch]:
+        for time, samples in zip(range(step, end), self._global_batches(step, end), strict=True):
+            target_tokens = self.sampler.block_sizes(time).target_tokens
+            slots = samples.reshape(self.micro_batches_per_step, self.world_size, self.micro_batch)
+            for micro, mine in enumerate(slots[:, self.rank]):
+                group = self._truncation_group(samples, micro)
+                yield _MicroBatch(mine, time, self.sampler.context_count(time, group), target_tokens)
+
+    def _global_batches(self, step: int, end: int) -> Iterator[np.ndarray]:
+        """The samples of each step in [step, end)."""
+        first, last = step // self.steps_per_epoch, -(-end // self.steps_per_epoch)
+        for epoch, order in enumerate(self._orders(first, last), first):
+            start = epoch * self.steps_per_epoch
+            for position in range(max(step - start, 0), min(end - start, self.steps_per_epoch)):
+                yield order[position * self.global_batch : (position + 1) * self.global_batch]
+
+    def _orders(self, first: int, last: int) -> Iterator[np.ndarray]:
+        """The order of each epoch in [first, last), made while the one before it is read, so that no step waits."""
+        make = functools.partial(permutation, self.seed, num_samples=self.dataset.num_samples)
+        with ThreadPoolExecutor(1) as maker:
+            coming = maker.submit(make, first)
+            for epoch in range(first + 1, last + 1):
+                order = coming.result()
+                if epoch < last:
+                    coming = maker.submit(make, epoch)
+                yield order
 
     def _truncation_group(self, step_samples: np.ndarray, micro: int) -> np.ndarray:
         """The images over which the reference sampler cuts the context: they may lie on several ranks."""
@@ -123,15 +161,3 @@ class PretrainingLoader:
         slot = (micro * self.world_size + self.rank) * self.micro_batch
         start = slot // size * size
         return step_samples[start : start + size]
-
-    def _batch(self, images: Tensor, rows: Tensor, samples: np.ndarray, step: int, group: np.ndarray) -> Batch:
-        context_tokens = self.sampler.context_count(step, group)
-        num_targets, room = self.sampler.num_targets, self.sampler.context_room
-        tokens = self.sampler.block_sizes(step).target_tokens
-        targets = rows[:, 1 + room : 1 + room + num_targets * tokens].reshape(len(rows), num_targets, tokens)
-        return Batch(
-            images=images,
-            context_block=rows[:, 1 : 1 + context_tokens].long(),
-            target_blocks=targets.transpose(0, 1).contiguous().long(),
-            samples=samples,
-        )

@@ -39,9 +39,14 @@ class MovingAverage:
         }
 
     @torch.no_grad()
-    def update(self, momentum: float) -> None:
-        """average <- momentum * average + (1 - momentum) * master, in fp32 on this rank's slices, then published."""
-        torch._foreach_lerp_(self._averages, [shard.master for shard in self._shards], 1.0 - momentum)
+    def update(self, momentum: float, applied: Tensor) -> None:
+        """average <- momentum * average + (1 - momentum) * master, in fp32 on this rank's slices, then published.
+
+        Nothing moves where ``applied`` is false: a scalar on the device, which is not read.
+        """
+        weight = applied.float() * (1.0 - momentum)
+        for shard, average in zip(self._shards, self._averages, strict=True):
+            average.lerp_(shard.master, weight)
         self.publish()
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from ijepa_ds.engine.shards import replicated_shards
 from ijepa_ds.engine.trainable import Batch, Outcome, ShardedTrainable
 from ijepa_ds.method.encoder import VisionTransformer
 from ijepa_ds.method.ijepa import IJEPA
-from ijepa_ds.method.optimizer import build_optimizer, set_hyperparameters
+from ijepa_ds.method.optimizer import build_optimizer, gate, set_hyperparameters
 from ijepa_ds.method.schedules import Hyperparameters
 
 
@@ -54,10 +54,9 @@ class Plain(ShardedTrainable):
         if self.watch_gradients is not None:
             self.watch_gradients(gradients)
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
-        applied = norm.isfinite()
-        if applied:
-            self.adam.step()
-            self.average.update(now.momentum)
+        applied = gate(self.adam, norm)
+        self.adam.step()
+        self.average.update(now.momentum, applied)
         return Outcome(torch.stack(losses), applied, norm)
 
     def describe(self) -> str:

@@ -70,10 +70,14 @@ class Shard:
 
         Returns what to wait for before ``weights`` may be read, or None.
         """
-        own = weights[self.first : self.first + self.length]
-        own.copy_(values)
+        weights[self.first : self.first + self.length].copy_(values)
+        return self.gather(weights)
+
+    def gather(self, weights: Tensor) -> dist.Work | None:
+        """Begin to fill the flat ``weights`` with the others' slices of it; returns what to wait for, or None."""
         if self.process_group is None:
             return None
+        own = weights[self.first : self.first + self.length]
         return dist.all_gather_into_tensor(weights, own, group=self.process_group, async_op=True)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ijepa_ds.engine.moving_average import MovingAverage
 from ijepa_ds.method.encoder import VisionTransformer
-from ijepa_ds.method.ijepa import CONTEXT_ENCODER, select_targets
+from ijepa_ds.method.ijepa import CONTEXT_ENCODER, normalize_targets
 from ijepa_ds.method.positions import sine_cosine_positions
 
 
@@ -40,8 +40,9 @@ class TargetEncoder:
 
     def __call__(self, images: Tensor, target_blocks: Tensor) -> Tensor:
         """images [B, 3, H, W], target_blocks [M, B, T] -> targets [M * B, T, D], fp32, layer-normalised."""
-        with torch.no_grad():
-            return select_targets(self.features(images), target_blocks)
+        self._average.wait()
+        with torch.no_grad(), self._autocast_context():
+            return normalize_targets(self.encoder.features_at(images, target_blocks))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

@@ -7,16 +7,18 @@ Shapes: B images, N patches, K context tokens, D encoder width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models import create_model, is_model
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ijepa_ds.errors import UserError
+from ijepa_ds.method.blocks import block_at, run, select_tokens, whole_block
 from ijepa_ds.method.positions import sine_cosine_positions
 
 INIT_STD = 0.02
@@ -84,23 +86,10 @@ def initialize(module: nn.Module, generator: torch.Generator | None = None) -> N
             raise AssertionError(f"no initialisation is known for {type(part).__name__}: {list(weights)}")
 
 
-def select_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
-    """tokens [B, N, D], indices [B, K] -> [B, K, D]."""
-    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
-def run_blocks(blocks: nn.Sequential, tokens: Tensor, activation_checkpointing: bool) -> Tensor:
-    """[B, N, D] -> [B, N, D]; with checkpointing the activations within a block are computed again in the backward."""
-    for block in blocks:
-        if activation_checkpointing and torch.is_grad_enabled():
-            tokens = checkpoint(block, tokens, use_reentrant=False)
-        else:
-            tokens = block(tokens)
-    return tokens
-
-
 class VisionTransformer(TimmVisionTransformer):
     """Context and target encoder. ``image_size`` and the grid are (rows, columns)."""
+
+    pos_embed: nn.Parameter
 
     def __init__(
         self,
@@ -143,15 +132,50 @@ class VisionTransformer(TimmVisionTransformer):
         """
         if not 1 <= blocks_out <= len(self.blocks):
             raise ValueError(f"blocks_out = {blocks_out} must be from 1 to the encoder's {len(self.blocks)} blocks")
-        tokens = self.patch_embed(images) + self.pos_embed  # [B, N, D]
-        if indices is not None:
-            tokens = select_tokens(tokens, indices)  # [B, K, D]
-        tokens = run_blocks(self.blocks[: len(self.blocks) - blocks_out + 1], tokens, self.activation_checkpointing)
-        features = [self.norm(tokens)]
-        for block in self.blocks[len(self.blocks) - blocks_out + 1 :]:
-            tokens = block(tokens)
-            features.append(self.norm(tokens))
+        tokens = self.embed(images, indices)
+        last = len(self.blocks) - blocks_out  # the first block whose output is asked for
+        features = []
+        for layer, block in enumerate(self.blocks):
+            tokens = self._run(whole_block, block, tokens)
+            if layer >= last:
+                features.append(self.norm(tokens))
         return features[0] if blocks_out == 1 else features
+
+    def features_at(self, images: Tensor, target_blocks: Tensor) -> Tensor:
+        """Features after the final norm at target_blocks [M, B, T] alone: [M * B, T, D], block-major.
+
+        The last block computes no more than these. A patch in two target blocks is computed twice: the number of
+        different patches is another for each image, and shapes that do not depend on the values can be compiled and
+        need not be read back from the device. Where there would be more than all patches, it computes all.
+        """
+        num_targets, _, target_tokens = target_blocks.shape
+        indices = target_blocks.transpose(0, 1).flatten(1)  # [B, M * T]
+        tokens = self.embed(images)
+        for block in self.blocks[:-1]:
+            tokens = self._run(whole_block, block, tokens)  # [B, N, D]
+        if indices.shape[1] < tokens.shape[1]:
+            tokens = self._run(block_at, self.blocks[-1], tokens, indices)
+        else:
+            tokens = select_tokens(self._run(whole_block, self.blocks[-1], tokens), indices)
+        return self.norm(tokens.unflatten(1, (num_targets, target_tokens)).transpose(0, 1).flatten(0, 1))
+
+    def embed(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
+        """Patches [B, N, D] with their positions, or with ``indices`` [B, K] those alone, [B, K, D].
+
+        Of selected patches as a product over their pixels, with the convolution's weights: the others are never read.
+        """
+        if indices is None:
+            return self.patch_embed(images) + self.pos_embed
+        projection, (height, width) = self.patch_embed.proj, self.patch_embed.patch_size
+        if images.shape[2:] != self.patch_embed.img_size:
+            raise ValueError(f"images of {tuple(images.shape[2:])} pixels, not {self.patch_embed.img_size}")
+        patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
+        image = torch.arange(len(images), device=images.device)[:, None]
+        pixels = patches[image, indices // self.grid[1], indices % self.grid[1]].flatten(2)  # [B, K, 3 * p * p]
+        return F.linear(pixels, projection.weight.flatten(1), projection.bias) + self.pos_embed[0][indices]
+
+    def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        return run(function, *arguments, activation_checkpointing=self.activation_checkpointing)
 
 
 def set_attention(module: nn.Module, *, fused: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_ds.method.encoder import VisionTransformer, select_tokens
+from ijepa_ds.method.encoder import VisionTransformer
 from ijepa_ds.method.predictor import Predictor
 
 TARGET_NORM_EPS = 1e-5
@@ -41,15 +41,6 @@ def prediction_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     The released code's loss; the paper writes L2. Both [M * B, T, D].
     """
     return F.smooth_l1_loss(predictions.float(), targets.float())
-
-
-def select_targets(features: Tensor, target_blocks: Tensor) -> Tensor:
-    """Features [B, N, D] of the target encoder at target_blocks [M, B, T], layer-normalised: [M * B, T, D] fp32.
-
-    The norm is over features and without affine, so it commutes with the selection and comes after it.
-    """
-    blocks = [select_tokens(features, block) for block in target_blocks]
-    return normalize_targets(torch.cat(blocks))
 
 
 def normalize_targets(features: Tensor) -> Tensor:

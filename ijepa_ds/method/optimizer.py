@@ -7,6 +7,7 @@ makes of the encoder's groups hold nothing else: the target encoder's average mi
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ijepa_ds.method.ijepa import IJEPA
 from ijepa_ds.method.schedules import Hyperparameters
@@ -19,9 +20,22 @@ def build_optimizer(model: IJEPA, *, betas: tuple[float, float], eps: float) -> 
         if parameter.requires_grad:
             decay = "decay" if parameter.ndim > 1 else "no_decay"
             groups.setdefault(f"{name.split('.')[0]}/{decay}", []).append(parameter)
-    fused = next(model.parameters()).device.type == "cuda"
     parameters = [{"params": members, "name": name} for name, members in groups.items()]
-    return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=fused)
+    return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+
+
+def gate(optimizer: torch.optim.Optimizer, norm: Tensor, largest: float = 0.0) -> Tensor:
+    """Let the coming step of a fused AdamW move nothing where the gradient's ``norm`` is not finite.
+
+    Weights, moments and counters stay to the last bit, and nobody waits for the device: fused optimizers read
+    ``found_inf`` and ``grad_scale`` there. A ``largest`` norm above 0 clips the gradients to it. Returns whether the
+    step moves anything, a bool scalar on the device.
+    """
+    applied = norm.isfinite()
+    optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
+    if largest > 0:
+        optimizer.grad_scale = (norm / largest).clamp(min=1.0)  # type: ignore[attr-defined]  # gradients are divided by it
+    return applied
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, now: Hyperparameters) -> None:

@@ -6,12 +6,22 @@ predictor width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ijepa_ds.method.encoder import initialize, run_blocks
+from ijepa_ds.method.blocks import (
+    block_at_last,
+    block_of_shared_context,
+    block_of_shared_context_at_own,
+    run,
+    whole_block,
+)
+from ijepa_ds.method.encoder import initialize
 from ijepa_ds.method.positions import sine_cosine_positions
 
 
@@ -46,12 +56,22 @@ class Predictor(nn.Module):
         """context [B, K, D], context_block [B, K], target_blocks [M, B, T] -> predictions [M * B, T, D], block-major.
 
         Each target block has a sequence of its own with full attention; sharing the context tokens between the M
-        sequences would not be exact beyond depth 1.
+        sequences is exact up to the first block's attention and no further. Of the last block's output only the mask
+        tokens are asked for.
         """
-        num_targets, _, target_tokens = target_blocks.shape
-        positions = self.predictor_pos_embed[0]  # [N, P]
+        positions, count = self.predictor_pos_embed[0], target_blocks.shape[2]  # [N, P]
         context = self.predictor_embed(context) + positions[context_block]  # [B, K, P]
-        masked = self.mask_token + positions[target_blocks.flatten(0, 1)]  # [M * B, T, P]
-        tokens = torch.cat([context.repeat(num_targets, 1, 1), masked], dim=1)  # [M * B, K + T, P]
-        tokens = run_blocks(self.predictor_blocks, tokens, self.activation_checkpointing)
-        return self.predictor_proj(self.predictor_norm(tokens[:, -target_tokens:]))  # [M * B, T, D]
+        masked = self.mask_token[0] + positions[target_blocks]  # [M, B, T, P]
+        first, *between = self.predictor_blocks
+        if not between:
+            tokens = self._run(block_of_shared_context_at_own, first, context, masked)
+        else:
+            *between, last = between
+            tokens = self._run(block_of_shared_context, first, context, masked)  # [M * B, K + T, P]
+            for block in between:
+                tokens = self._run(whole_block, block, tokens)
+            tokens = self._run(block_at_last, last, tokens, count)
+        return self.predictor_proj(self.predictor_norm(tokens))  # [M * B, T, D]
+
+    def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        return run(function, *arguments, activation_checkpointing=self.activation_checkpointing)

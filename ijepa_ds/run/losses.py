@@ -13,15 +13,19 @@ class LossSum:
 
     def __init__(self, process: Process) -> None:
         self.process = process
-        self.skipped_steps = 0
         self._sum = torch.zeros(2, device=process.device)  # of the finite losses, and their number
+        self._skipped = torch.zeros((), device=process.device)
 
     def add(self, outcome: Outcome) -> None:
         """Note a step's losses; they stay on the device."""
-        self.skipped_steps += not bool(outcome.applied)
-        for loss in outcome.losses:
-            finite = torch.isfinite(loss)
-            self._sum += torch.stack([torch.where(finite, loss, 0.0), finite.float()])
+        finite = outcome.losses.isfinite()
+        self._sum += torch.stack([torch.where(finite, outcome.losses, 0.0).sum(), finite.sum()])
+        self._skipped += ~outcome.applied
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps moved nothing. Waits for the device."""
+        return int(self._skipped)
 
     def mean(self) -> float:
         """The mean over all ranks, NaN where no loss was finite; the sum starts anew. Waits for the device."""

@@ -1,8 +1,9 @@
-"""Wall time of the training loop between two readings."""
+"""Wall time of the training loop between two readings, and what was computed in it."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -16,6 +17,8 @@ class Meter:
     It never waits for the device. Kernels run behind the host, so the numbers are right over a window that ends where
     the loop reads its loss, not for a single step. The first step (compilation) and paused time are left out.
 
+    ``peak_flops``: operations a second that the device reaches in a plain product of matrices.
+
     ::
 
         meter = Meter(images_per_step=2048)
@@ -26,11 +29,13 @@ class Meter:
                 values |= meter.read()
     """
 
-    def __init__(self, *, images_per_step: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.images_per_step = images_per_step
+    def __init__(
+        self, *, images_per_step: int, peak_flops: float = math.nan, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.images_per_step, self.peak_flops = images_per_step, peak_flops
         self._clock = clock
         self._warm = False
-        self._since, self._steps, self._waited = clock(), 0, 0.0
+        self._since, self._steps, self._waited, self._flops = clock(), 0, 0.0, 0.0
 
     def watch(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The items of ``batches``; the time that each takes to arrive counts as waiting.
@@ -47,6 +52,10 @@ class Meter:
             finally:
                 self._waited += self._clock() - began
             yield item
+
+    def computes(self, flops: float) -> None:
+        """Note that the step under way takes so many more operations of this process's device."""
+        self._flops += flops
 
     def step_done(self) -> None:
         """One optimizer step is done."""
@@ -67,16 +76,23 @@ class Meter:
             self._waited = waited
 
     def read(self) -> dict[str, float]:
-        """``images_per_second``, ``step_seconds``, ``loader_wait`` (0 to 1) since the last reading; {} without one."""
-        seconds, steps, waited = self._clock() - self._since, self._steps, self._waited
+        """What :class:`Meter` says since the last reading; {} where no step was done.
+
+        ``images_per_second`` of all processes, ``step_seconds``, ``loader_wait`` (0 to 1); and, where it was told what
+        is computed, ``tflops`` (10^12 operations a second of this process's device) and ``peak_share`` (0 to 1).
+        """
+        seconds, steps, waited, flops = self._clock() - self._since, self._steps, self._waited, self._flops
         if steps == 0 or seconds <= 0:
             return {}
         self._restart()
-        return {
+        values = {
             "images_per_second": self.images_per_step * steps / seconds,
             "step_seconds": seconds / steps,
             "loader_wait": min(1.0, waited / seconds),
         }
+        if flops:
+            values |= {"tflops": flops / seconds / 1e12, "peak_share": flops / seconds / self.peak_flops}
+        return values
 
     def _restart(self) -> None:
-        self._since, self._steps, self._waited = self._clock(), 0, 0.0
+        self._since, self._steps, self._waited, self._flops = self._clock(), 0, 0.0, 0.0

@@ -29,6 +29,8 @@ KNOWN_SCALARS: dict[str, tuple[str, str]] = {
     "momentum": ("schedule/momentum", "ema {:.5f}"),
     "grad_norm": ("train/grad_norm", "|g| {:.2f}"),
     "images_per_second": ("speed/images_per_second", "{:.0f} img/s"),
+    "tflops": ("speed/tflops", "{:.3g} TFLOP/s"),
+    "peak_share": ("speed/peak_share", "{:.0%} of peak"),
     "loader_wait": ("speed/loader_wait", "wait {:.0%}"),
     "memory_gb": ("speed/memory_gb", "{:.1f} GB"),
     # Not on the console: the rate in images says the same.

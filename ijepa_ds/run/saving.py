@@ -19,10 +19,13 @@ class Saver:
         self.folder, self.settings, self.process, self.saved_step = folder, settings, process, saved_step
         self._saved_time = time.monotonic()
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after ``step`` steps, by this process's clock."""
-        by_time = self.settings.minutes > 0 and time.monotonic() - self._saved_time > 60 * self.settings.minutes
-        return by_time or (self.settings.steps > 0 and step % self.settings.steps == 0)
+    def due_by_time(self) -> bool:
+        """Whether a checkpoint is due by this process's clock: others may differ."""
+        return self.settings.minutes > 0 and time.monotonic() - self._saved_time > 60 * self.settings.minutes
+
+    def due_by_steps(self, step: int) -> bool:
+        """Whether a checkpoint is due after ``step`` steps, on all processes alike."""
+        return self.settings.steps > 0 and step % self.settings.steps == 0
 
     def save(self, step: int, state: State, outcome: Outcome | None) -> str:
         """Save the state after ``step`` steps, the last of which did ``outcome``; returns what to say of it.

@@ -7,21 +7,27 @@ of a loader is built anew by its own constructor.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import queue
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.memory_managers.os_cache import OSCacheManager
+from ffcv.pipeline.graph import Graph
 from ffcv.reader import Reader
 from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType
 
+from ijepa_ds.data import ffcv_pipeline, pretraining_loader
 from ijepa_ds.data.beton import inspect_dataset, integer_label_fields, read_labels
 from ijepa_ds.data.crops import center_crop, random_crop
 from ijepa_ds.data.ffcv_pipeline import DecodeError, LoaderError
@@ -168,6 +174,35 @@ def test_a_run_may_end_anywhere_and_nothing_is_left_over(make_loader, whole):
     assert read(loader, 4, 4) == []
 
 
+def test_a_run_of_any_length_is_one_traversal_whose_batches_are_asked_for_one_by_one(make_loader, whole, monkeypatch):
+    """Buffers are allocated once, and a list of this run's batches would not fit into any memory."""
+    allocated, allocate = [], Graph.allocate_memory
+    monkeypatch.setattr(Graph, "allocate_memory", lambda *sizes: allocated.append(sizes) or allocate(*sizes))
+    steps = make_loader().from_step(0, 10**15)
+    batches = [kept(batch) for step in itertools.islice(steps, 6) for batch in step]
+    steps.close()
+    assert_same(batches, whole["multiblock"])
+    assert len(allocated) == 1
+
+
+def test_the_next_epochs_order_is_made_beside_the_loading_thread_before_it_is_needed(make_loader, monkeypatch):
+    makers, second = {}, threading.Event()
+
+    def watched(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+        makers[epoch] = threading.current_thread()
+        if epoch == 1:
+            second.set()
+        return permutation(seed, epoch, num_samples)
+
+    monkeypatch.setattr(pretraining_loader, "permutation", watched)
+    steps = make_loader("multiblock", 2).from_step(0, 9)
+    next(next(steps))  # of 12 micro-batches of this epoch no more than five are asked for
+    assert second.wait(timeout=30)
+    steps.close()
+    assert makers.keys() == {0, 1}
+    assert not any(isinstance(thread, EpochIterator) for thread in makers.values())
+
+
 def test_an_iteration_that_was_left_early_disturbs_no_other(make_loader, whole):
     loader = make_loader()
     for batches in loader.from_step(0, 6):
@@ -251,9 +286,58 @@ def test_reference_masks_are_cut_within_their_group_alone(make_loader):
     assert any(first != second for first, second in counts)
 
 
-def test_a_batch_goes_to_a_device_as_a_whole(whole):
-    moved = whole["multiblock"][0].to(torch.device("cpu"))
-    assert_same([moved], whole["multiblock"][:1])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_two_whole_buffers_of_a_batch_go_to_a_device_and_are_cut_there(make_loader, whole, monkeypatch, sampler):
+    """FFCV's buffers are pinned, what is cut out of them on the host would not be."""
+    sent, send = [], torch.Tensor.to
+
+    def watched(tensor, target, *more, **options):
+        if target == torch.device("meta"):
+            sent.append(tensor)
+        return send(tensor, target, *more, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    for expected, batches in zip(whole[sampler], make_loader(sampler).from_step(0, 6, "meta"), strict=True):
+        (batch,) = batches
+        for name in ("images", "context_block", "target_blocks"):
+            moved, there = getattr(batch, name), getattr(expected, name)
+            assert moved.is_meta and moved.is_contiguous()
+            assert (moved.shape, moved.dtype) == (there.shape, there.dtype)
+        images, rows = sent
+        assert images.is_contiguous() and rows.is_contiguous()
+        assert torch.equal(images, expected.images)
+        assert torch.equal(rows[:, 1 : 1 + expected.context_block.shape[1]].long(), expected.context_block)
+        sent.clear()
+
+
+def test_buffers_that_are_not_pinned_are_one_line(capsys):
+    pinned, pageable = SimpleNamespace(is_pinned=lambda: True), torch.zeros(2)
+    ffcv_pipeline.warn_of_pageable(((pinned, pinned), pinned))
+    assert capsys.readouterr().out == ""
+    for outputs in (((pinned, pageable), pinned), ((pinned, pinned), pageable)):
+        ffcv_pipeline.warn_of_pageable(outputs)
+        assert capsys.readouterr().out.startswith("warning: the loader's buffers could not be pinned")
+
+
+def test_the_loading_thread_works_on_the_consumers_device(monkeypatch):
+    """A thread begins on device 0, where every rank would make a context of its own."""
+    order = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", order.append)
+    monkeypatch.setattr(EpochIterator, "run", lambda self: order.append("load"))
+    traversal = object.__new__(ffcv_pipeline._Traversal)
+    traversal.terminate_event, traversal.closed, traversal.output_queue = threading.Event(), True, queue.Queue()
+    traversal.requests, traversal.current_stream = iter(()), SimpleNamespace(device=torch.device("cuda", 3))
+    traversal.run()
+    assert order == [torch.device("cuda", 3), "load"] and traversal.error is None
+
+
+def test_where_samples_lie_is_what_ffcv_finds(own_beton, evaluation):
+    """Without the sets of pages that FFCV keeps of all samples."""
+    ours, theirs = evaluation.pipeline.ffcv.memory_manager, OSCacheManager(Reader(str(own_beton)))
+    assert (ours.ptrs == theirs.ptrs).all() and (ours.sizes == theirs.sizes).all()
+    assert ours.ptrs.dtype == theirs.ptrs.dtype and ours.ptrs.flags.c_contiguous and ours.sizes.flags.c_contiguous
+    assert len(theirs.sample_to_pages) == 28 and not hasattr(ours, "sample_to_pages")
 
 
 def test_torchs_threads_are_left_alone(own_beton):
@@ -498,10 +582,28 @@ def test_loading_threads_end_with_their_iteration(make_loader):
     before = threading.active_count()
     for _ in range(3):
         read(loader, 0, 3)
+        for batches in loader.from_step(0, 4):  # left when the queue is full of the rest
+            next(batches)
+            time.sleep(0.05)
+            break
     deadline = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert threading.active_count() <= before
+
+
+def test_two_traversals_at_once_do_not_meet(own_beton, make_loader, whole):
+    """Training and a probe. Numba would end the process here had it no layer of threads that several may use."""
+    training = make_loader("multiblock", num_workers=2)
+    if training.pipeline.num_workers < 2:
+        pytest.skip("numba has one thread here")
+    probe = ImageLoader(inspect_dataset(own_beton), image_size=IMAGE_SIZE, batch_size=4, num_workers=2)
+    alone = [images.clone() for images in probe.batches(np.arange(28))]
+    steps, again, batches = training.from_step(0, 6), probe.batches(np.arange(28)), []
+    for first, images in zip(alone, again, strict=True):
+        assert torch.equal(first, images)
+        batches += [kept(batch) for step in itertools.islice(steps, 1) for batch in step]
+    assert_same(batches, whole["multiblock"])
 
 
 # ------------------------------------------------------------------------------------------- files that are no good

@@ -8,13 +8,13 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import nn
 
 from ijepa_ds.errors import UserError
+from ijepa_ds.method.blocks import select_tokens
 from ijepa_ds.method.encoder import (
     NAMED_DIMENSIONS,
     Dimensions,
     VisionTransformer,
     dimensions_of,
     initialize,
-    select_tokens,
     set_attention,
 )
 from ijepa_ds.method.positions import sine_cosine_positions
@@ -122,6 +122,49 @@ def test_pixels_outside_of_the_selection_change_nothing(encoder, images):
     changed[:, :, 8:] = 9  # the two lower rows of patches
     assert torch.equal(encoder(images, indices), encoder(changed, indices))
     assert not torch.allclose(encoder(images), encoder(changed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target_tokens", [1, 6, 9], ids=["few", "as many as there are", "more than there are"])
+@pytest.mark.parametrize("fused", [False, True], ids=["explicit", "fused"])
+def test_features_at_target_blocks_are_those_of_all_patches_there_block_major(images, target_tokens, fused):
+    encoder = widened(make())
+    set_attention(encoder, fused=fused)
+    blocks = torch.randint(24, (4, 3, target_tokens), generator=generator(2))
+    features, found = encoder(images), encoder.features_at(images, blocks)
+    assert found.shape == (12, target_tokens, 32)
+    for m in range(4):
+        for b in range(3):
+            torch.testing.assert_close(found[m * 3 + b], features[b, blocks[m, b]])
+
+
+@torch.no_grad()
+def test_the_last_block_computes_no_more_than_the_target_blocks(encoder, images):
+    """Counted: tokens through the first layer of each MLP."""
+    rows = []
+    hooks = [b.mlp.fc1.register_forward_hook(lambda _, __, out: rows.append(out.shape[1])) for b in encoder.blocks]
+    encoder.features_at(images, torch.randint(24, (2, 3, 5), generator=generator(2)))
+    for hook in hooks:
+        hook.remove()
+    assert rows == [24, 24, 10]
+
+
+@torch.no_grad()
+def test_autocast_rounds_the_selected_products_as_it_rounds_the_whole_ones(encoder, images):
+    blocks = torch.randint(24, (2, 3, 5), generator=generator(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, found = encoder(images), encoder.features_at(images, blocks)
+        all_patches = encoder(images, torch.arange(24).expand(3, -1))
+    assert (found - encoder.features_at(images, blocks)).abs().max() > 1e-3  # it is on
+    torch.testing.assert_close(found, whole[torch.arange(3)[:, None], blocks].flatten(0, 1), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(all_patches, whole, rtol=0.02, atol=0.02)
+
+
+def test_images_of_another_shape_are_refused(encoder):
+    """Whatever the number of patches."""
+    for shape in (IMAGE_SIZE[::-1], (24, 24)):
+        with pytest.raises((ValueError, AssertionError), match=str(shape[0])):
+            encoder(torch.zeros(1, 3, *shape), torch.tensor([[0, 1]]))
 
 
 @torch.no_grad()

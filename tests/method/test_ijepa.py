@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from ijepa_ds.method.encoder import Dimensions, VisionTransformer
-from ijepa_ds.method.ijepa import IJEPA, normalize_images, prediction_loss, select_targets
+from ijepa_ds.method.encoder import Dimensions, VisionTransformer, set_attention
+from ijepa_ds.method.ijepa import IJEPA, normalize_images, normalize_targets, prediction_loss
+from ijepa_ds.method.masks import MultiblockSampler
 from ijepa_ds.method.predictor import Predictor
 
-IMAGE_SIZE, PATCH, GRID = (16, 24), 4, (4, 6)
+IMAGE_SIZE, PATCH, GRID, WIDTH = (24, 32), 4, (6, 8), 16
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -29,7 +31,7 @@ def model() -> IJEPA:
 
 @pytest.fixture
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """images [2, 3, 16, 24], context_block [2, 5], target_blocks [3, 2, 4]."""
+    """images [2, 3, 24, 32], context_block [2, 5], target_blocks [3, 2, 4]."""
     orders = [torch.randperm(24, generator=generator(n)) for n in range(8)]
     images = torch.randn(2, 3, *IMAGE_SIZE, generator=generator(5))
     context_block = torch.stack([order[:5] for order in orders[:2]])
@@ -77,33 +79,119 @@ def test_the_loss_reaches_every_trainable_weight(model, batch):
     assert without == {"context_encoder.pos_embed", "predictor.predictor_pos_embed"}
 
 
-def test_targets_are_block_major_normalised_and_of_the_asked_patches():
-    features = torch.randn(2, 24, 16, generator=generator(2)) * 5 + 3
-    blocks = torch.randint(24, (3, 2, 4), generator=generator(3))
-    targets = select_targets(features, blocks)
-    assert targets.shape == (6, 4, 16) and targets.dtype == torch.float32
-    for m in range(3):
-        for b in range(2):
-            for t in range(4):
-                vector = features[b, blocks[m, b, t]].double()
-                expected = (vector - vector.mean()) / (vector.var(unbiased=False) + 1e-5).sqrt()
-                torch.testing.assert_close(targets[m * 2 + b, t].double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_normalising_after_the_selection_is_normalising_before_it():
-    """The reference normalises all patches, then selects."""
-    features = torch.randn(2, 24, 16, generator=generator(2)) * 0.01  # so small that eps matters
-    blocks = torch.randint(24, (3, 2, 4), generator=generator(3))
-    normalised = torch.nn.functional.layer_norm(features, (16,))
-    for m in range(3):
-        for b in range(2):
-            torch.testing.assert_close(select_targets(features, blocks)[m * 2 + b], normalised[b, blocks[m, b]])
+def test_targets_are_normalised_over_features_without_affine():
+    features = torch.randn(6, 4, 16, generator=generator(2)) * 0.01 + 3  # so small that eps matters
+    targets = normalize_targets(features)
+    for vector, target in zip(features.double().view(-1, 16), targets.view(-1, 16), strict=True):
+        expected = (vector - vector.mean()) / (vector.var(unbiased=False) + 1e-5).sqrt()
+        torch.testing.assert_close(target.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_targets_of_bf16_features_are_normalised_in_fp32():
-    features = (torch.randn(2, 24, 16, generator=generator(2)) + 20).bfloat16()
-    blocks = torch.randint(24, (3, 2, 4), generator=generator(3))
-    assert torch.equal(select_targets(features, blocks), select_targets(features.float(), blocks))
+    features = (torch.randn(6, 4, 16, generator=generator(2)) + 20).bfloat16()
+    targets = normalize_targets(features)
+    assert targets.dtype == torch.float32 and torch.equal(targets, normalize_targets(features.float()))
+
+
+# ------------------------------------------------------------------------------------------- nothing left out
+
+
+def plain_loss(model: IJEPA, target: VisionTransformer, images, context_block, target_blocks) -> torch.Tensor:
+    """The method written plainly, as the released code has it: convolve and normalise all, then select and repeat."""
+
+    def features(encoder: VisionTransformer, kept: torch.Tensor | None) -> torch.Tensor:
+        convolution = encoder.patch_embed.proj
+        tokens = F.conv2d(images, convolution.weight, convolution.bias, stride=PATCH).flatten(2).transpose(1, 2)
+        tokens = tokens + encoder.pos_embed
+        tokens = tokens if kept is None else torch.stack([row[k] for row, k in zip(tokens, kept, strict=True)])
+        for block in encoder.blocks:
+            tokens = block(tokens)
+        return encoder.norm(tokens)
+
+    predictor = model.predictor
+    positions = predictor.predictor_pos_embed[0]
+    num_targets, num_images, target_tokens = target_blocks.shape
+    with torch.no_grad():
+        normalised = F.layer_norm(features(target, None), (WIDTH,))
+        blocks = [normalised[b, target_blocks[m, b]] for m in range(num_targets) for b in range(num_images)]
+        targets = torch.stack(blocks)
+    context = predictor.predictor_embed(features(model.context_encoder, context_block)) + positions[context_block]
+    masked = predictor.mask_token + positions[target_blocks.flatten(0, 1)]
+    tokens = torch.cat([context.repeat(num_targets, 1, 1), masked], dim=1)
+    for block in predictor.predictor_blocks:
+        tokens = block(tokens)
+    predictions = predictor.predictor_proj(predictor.predictor_norm(tokens))[:, -target_tokens:]
+    return F.smooth_l1_loss(predictions, targets)
+
+
+def large_weights(module: torch.nn.Module, dtype: torch.dtype, seed: int) -> torch.nn.Module:
+    for number, weight in enumerate(module.parameters()):
+        if weight.requires_grad:
+            weight.data = torch.randn(weight.shape, generator=generator(seed + number), dtype=torch.float64) * 0.25
+    return module.to(dtype)
+
+
+def networks(depths: tuple[int, int], dtype: torch.dtype, checkpointing: bool = False) -> tuple:
+    """A model and a target encoder with other weights."""
+    size, more = Dimensions(WIDTH, depths[0], 2), {"activation_checkpointing": checkpointing}
+    encoder, target = (VisionTransformer(IMAGE_SIZE, PATCH, size, **more) for _ in range(2))
+    predictor = Predictor(GRID, WIDTH, width=8, depth=depths[1], heads=2, **more)
+    model = large_weights(IJEPA(encoder, predictor), dtype, 100)
+    return model, large_weights(target, dtype, 500).requires_grad_(False)
+
+
+def masks_of(grid: tuple[int, int], step: int, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    sampler = MultiblockSampler(seed=3, grid=grid, context_tokens=4)
+    drawn = [sampler.draw(step, sample) for sample in range(num_images)]
+    context_block = torch.from_numpy(np.stack([context for context, _ in drawn])).long()
+    return context_block, torch.from_numpy(np.stack([blocks for _, blocks in drawn], axis=1)).long()
+
+
+def loss_and_gradients(loss: torch.Tensor, model: IJEPA) -> dict[str, torch.Tensor]:
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return {"loss": loss.detach(), **dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))}
+
+
+def our_loss(model: IJEPA, target: VisionTransformer, images, context_block, target_blocks) -> torch.Tensor:
+    with torch.no_grad():
+        features = target.features_at(images, target_blocks)
+    if images.dtype == torch.float64:  # which the loss would round to fp32
+        return F.smooth_l1_loss(model.predict(images, context_block, target_blocks), F.layer_norm(features, (WIDTH,)))
+    return model(images, context_block, target_blocks, normalize_targets(features))
+
+
+def assert_same(ours: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], tolerance: float) -> None:
+    for name, expected in plain.items():
+        assert expected.abs().max() > 0, name
+        difference = float((ours[name] - expected).norm() / expected.norm())
+        assert difference <= tolerance, (name, difference)
+
+
+@pytest.mark.parametrize("depths", [(1, 1), (1, 2), (2, 1), (3, 3)], ids=str)
+@pytest.mark.parametrize("fused", [False, True], ids=["explicit", "fused"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+def test_loss_and_gradients_are_those_of_the_method_written_plainly(depths, fused, checkpointing):
+    """In double precision, where a difference that is not rounding shows."""
+    model, target = networks(depths, torch.float64, checkpointing)
+    set_attention(model, fused=fused)
+    set_attention(target, fused=fused)
+    images = torch.randn(3, 3, *IMAGE_SIZE, generator=generator(5), dtype=torch.float64)
+    for step in range(3):
+        batch = (images, *masks_of(GRID, step, 3))
+        plain = loss_and_gradients(plain_loss(model, target, *batch), model)
+        assert_same(loss_and_gradients(our_loss(model, target, *batch), model), plain, 1e-12)
+
+
+def test_the_same_in_single_precision():
+    model, target = networks((3, 3), torch.float32)
+    images = torch.randn(3, 3, *IMAGE_SIZE, generator=generator(5))
+    target_tokens = set()
+    for step in range(6):
+        batch = (images, *masks_of(GRID, step, 3))
+        target_tokens.add(batch[2].shape[2])
+        plain = loss_and_gradients(plain_loss(model, target, *batch), model)
+        assert_same(loss_and_gradients(our_loss(model, target, *batch), model), plain, 1e-6)
+    assert len(target_tokens) > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -103,6 +103,25 @@ def test_tokens_are_sets_the_order_of_context_or_targets_does_not_matter(predict
     torch.testing.assert_close(predictor(context, context_block, target_blocks.flip(2)), before.flip(1))
 
 
+@torch.no_grad()
+def test_the_last_block_computes_mask_tokens_only_and_the_first_the_context_once_an_image(predictor, inputs):
+    """Counted: tokens through queries, keys and values of the first block, and the last one's MLP."""
+    counts = {"first qkv": 0, "last mlp": 0}
+
+    def count(name: str, out: torch.Tensor) -> None:
+        counts[name] += out[..., 0].numel()
+
+    first, last = predictor.predictor_blocks[0], predictor.predictor_blocks[-1]
+    hooks = [
+        first.attn.qkv.register_forward_hook(lambda _, __, out: count("first qkv", out)),
+        last.mlp.fc1.register_forward_hook(lambda _, __, out: count("last mlp", out)),
+    ]
+    predictor(*inputs)
+    for hook in hooks:
+        hook.remove()
+    assert counts == {"first qkv": B * K + M * B * T, "last mlp": M * B * T}
+
+
 def test_activation_checkpointing_changes_neither_predictions_nor_gradients(inputs):
     results = []
     for checkpointing in (False, True):

@@ -105,7 +105,8 @@ def test_the_console_line(tmp_path, capsys):
     monitor = start(tmp_path, total_steps=375000, clock=clock)
     values = {
         "loss": 0.22134, "epoch": 2.314, "lr": 6.1e-4, "weight_decay": 0.0412, "momentum": 0.996123,
-        "grad_norm": 0.3141, "images_per_second": 1834.2, "step_seconds": 1.1, "loader_wait": 0.012,
+        "grad_norm": 0.3141, "images_per_second": 1834.2, "step_seconds": 1.1, "loader_wait": 0.012, "tflops": 154.3,
+        "peak_share": 0.5938,
         "memory_gb": 18.2, "knn/top1": 41.25,
     }  # fmt: skip
     monitor.scalars(1190, values)
@@ -114,8 +115,8 @@ def test_the_console_line(tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert "left" not in first
     assert second == (
-        "step   1200/375000  epoch 2.31  loss 0.2213  lr 6.1e-04  wd 0.041  ema 0.99612  |g| 0.31  1834 img/s  wait 1%"
-        "  18.2 GB  knn/top1 41.25  left 1d 01h 57m"
+        "step   1200/375000  epoch 2.31  loss 0.2213  lr 6.1e-04  wd 0.041  ema 0.99612  |g| 0.31  1834 img/s"
+        "  154 TFLOP/s  59% of peak  wait 1%  18.2 GB  knn/top1 41.25  left 1d 01h 57m"
     )
 
 
@@ -196,6 +197,22 @@ def test_meter_shares_out_the_time_of_a_window():
     expected = {"images_per_second": 2.0, "step_seconds": 4.0, "loader_wait": 0.25}
     assert readings[2] == expected and readings[4] == expected
     assert meter.read() == {}
+
+
+def test_meter_says_what_share_of_the_peak_a_window_has_computed():
+    clock = Clock()
+    meter = Meter(images_per_step=8, peak_flops=4e12, clock=clock)
+    for step in range(3):
+        for _micro_batch in range(2):
+            meter.computes(5e12)
+        clock.wait(100 if step == 0 else 5)  # the first step compiles, and does not count
+        meter.step_done()
+    assert meter.read() == {
+        "images_per_second": 1.6, "step_seconds": 5.0, "loader_wait": 0.0, "tflops": 2.0, "peak_share": 0.5,
+    }  # fmt: skip
+    clock.wait(5)
+    meter.step_done()
+    assert "tflops" not in meter.read()  # nobody said what was computed
 
 
 def test_names_have_tags():
