@@ -17,6 +17,8 @@ from ijepa_ds.method.schedules import Hyperparameters
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import plain_ijepa
+import step as step_benchmark
+from distributed_runs import run_ranks
 
 IMAGE_SIZE, PATCH, GRID = (16, 24), 4, (4, 6)
 # A large eps: the bias of the keys has no gradient but rounding, which AdamW would make steps of.
@@ -90,3 +92,37 @@ def test_the_plain_method_in_bf16_is_near_that_in_fp32(trainer):
         torch.testing.assert_close(loss, expected, rtol=0.05, atol=0)
         losses.append(loss)
     assert losses[2] < losses[0]
+
+
+def compared() -> list[dict]:
+    step_benchmark.MODELS["tiny32"] = ("cifar10_tiny.json", 4, ["ijepa.model.depth=2", "ijepa.model.predictor_depth=2"])
+    step_benchmark.peak_memory = lambda *case: 1.0  # would start a process for each side
+    return [step_benchmark.compare("tiny32", precision, 1, 2) for precision in ("fp32", "bf16")]
+
+
+def test_the_benchmark_compares_a_step_of_ours_with_a_plain_one():
+    """Both take the same step: ``compare`` refuses sides whose losses differ."""
+    (results,) = run_ranks(compared, 1)
+    for result in results:
+        assert result["compared_with"].startswith("plain")
+        assert (result["context_tokens"], result["images"], result["threads"]) == (18, 4, 1)
+        for side in result["sides"].values():
+            assert min(side["parts_ms"].values()) > 0
+            assert side["operations_ms"]["products"] > 0 and side["operations_ms"]["GELU"] > 0
+        assert "as fast as" in step_benchmark.show(result)
+    assert "ours without DeepSpeed" in results[0]["sides"] and "plain, autocast" in results[1]["sides"]
+
+
+def test_clocks_leave_what_they_timed_as_it_was():
+    class Owner:
+        def work(self) -> str:
+            return "done"
+
+    owner, spent = Owner(), {"part": 0.0}
+    backward = torch.Tensor.backward
+    calls = {"part": [(owner, "work"), (owner, "absent"), (torch.Tensor, "backward")]}
+    with step_benchmark.clocks(calls, spent):
+        assert owner.work() == "done"
+        assert torch.Tensor.backward is not backward
+    assert spent["part"] > 0
+    assert "work" not in vars(owner) and torch.Tensor.backward is backward
