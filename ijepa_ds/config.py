@@ -244,11 +244,6 @@ class Config:
         patch = self.ijepa.model.patch_size
         return self.ijepa.data.image_size[0] // patch, self.ijepa.data.image_size[1] // patch
 
-    @property
-    def zero_stage(self) -> int:
-        """DeepSpeed's ZeRO stage, 0 to 2."""
-        return self.deepspeed["zero_optimization"].get("stage", 0)
-
     def as_dict(self) -> dict[str, Any]:
         """The effective configuration, as it would stand in a file."""
         return {**copy.deepcopy(self.deepspeed), "ijepa": self.ijepa.model_dump(mode="json")}

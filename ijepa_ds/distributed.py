@@ -125,6 +125,13 @@ def mean_over_ranks(value: torch.Tensor, process: Process) -> float:
     return float(mean) / process.world_size
 
 
+def sum_over_ranks(values: torch.Tensor, process: Process) -> torch.Tensor:
+    """The sum over all ranks of a tensor on the device, in place."""
+    if process.world_size > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def max_over_ranks(values: list[float], process: Process) -> list[float]:
     """The largest of each number over all ranks, NaN where a rank has NaN."""
     return torch.tensor(gather(values, process), dtype=torch.float64).amax(0).tolist()

@@ -58,36 +58,15 @@ def record_trace(
     rows = []
     for step in range(steps):
         images = torch.randn(batch_size, 3, *size)
-        patches = context.grid[0] * context.grid[1]
-        orders = torch.stack([torch.randperm(patches) for _ in range(batch_size)])
-        seen, hidden = orders[:, : 3 + step], [orders[:, 4 + m : 7 + m + step % 2] for m in range(targets)]
-        rates = rates_at(step)
-        with torch.no_grad():
-            features = target(images)
-            features = (features - features.mean(-1, keepdim=True)) / (features.var(-1, correction=0) + 1e-5)[
-                ..., None
-            ].sqrt()
-        wanted = torch.cat([torch.stack([f[i] for f, i in zip(features, block, strict=True)]) for block in hidden])
-        tokens = context(images, seen)
-        predictions = narrow(tokens, seen, torch.stack(hidden))
-        errors = (predictions - wanted).abs()
-        loss = torch.where(errors < 1, errors**2 / 2, errors - 0.5).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        norms = {
-            f"grad_norm_{key}": math.sqrt(sum(float((p.grad**2).sum()) for p in part.parameters() if p.requires_grad))
-            for key, part in (("encoder", context), ("predictor", narrow))
-        }
-        for group, decay in zip(optimizer.param_groups, (rates["weight_decay"], 0.0), strict=True):
-            group.update(lr=rates["lr"], weight_decay=decay)
-        optimizer.step()
-        with torch.no_grad():
-            for average, weight in zip(target.parameters(), context.parameters(), strict=True):
-                average.mul_(rates["momentum"]).add_(weight, alpha=1 - rates["momentum"])
-        rows.append({"step": step, **rates, "loss": loss.item(), **norms})
+        orders = torch.stack([torch.randperm(math.prod(context.grid)) for _ in range(batch_size)])
+        seen = orders[:, : 3 + step]
+        blocks = torch.stack([orders[:, 4 + m : 7 + m + step % 2] for m in range(targets)])
+        tokens, features, predictions, loss = losses_of(context, narrow, target, images, seen, blocks)
+        rows.append({"step": step, **rates_at(step), "loss": loss.item()})
+        rows[-1] |= update(context, narrow, target, optimizer, loss, rates_at(step))
         arrays[f"step{step}/images"] = images.numpy()
         arrays[f"step{step}/context_masks"] = seen[None].numpy().astype(np.int16)
-        arrays[f"step{step}/target_masks"] = torch.stack(hidden).numpy().astype(np.int16)
+        arrays[f"step{step}/target_masks"] = blocks.numpy().astype(np.int16)
         if step == 0:
             arrays["step0/target_features"] = features.numpy()
             arrays["step0/context_features"] = tokens.detach().numpy()
@@ -108,6 +87,50 @@ def record_trace(
     }
     (folder / f"{name}.json").write_text(json.dumps(settings))
     return folder / f"{name}.npz"
+
+
+def losses_of(
+    context: VisionTransformer,
+    narrow: Predictor,
+    target: VisionTransformer,
+    images: torch.Tensor,
+    seen: torch.Tensor,
+    blocks: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """METHOD: the context encoder's tokens, the target's normed features, the predictions and their smooth L1 loss."""
+    with torch.no_grad():
+        features = target(images)
+        variance = features.var(-1, correction=0, keepdim=True)
+        features = (features - features.mean(-1, keepdim=True)) / (variance + 1e-5).sqrt()
+    wanted = torch.cat([torch.stack([f[i] for f, i in zip(features, block, strict=True)]) for block in blocks])
+    tokens = context(images, seen)
+    predictions = narrow(tokens, seen, blocks)
+    errors = (predictions - wanted).abs()
+    return tokens, features, predictions, torch.where(errors < 1, errors**2 / 2, errors - 0.5).mean()
+
+
+def update(
+    context: VisionTransformer,
+    narrow: Predictor,
+    target: VisionTransformer,
+    optimizer: torch.optim.Optimizer,
+    loss: torch.Tensor,
+    rates: dict[str, float],
+) -> dict[str, float]:
+    """METHOD: one optimizer step and the moving average after it; returns the norms of the gradients."""
+    optimizer.zero_grad()
+    loss.backward()
+    norms = {
+        f"grad_norm_{key}": math.sqrt(sum(float((p.grad**2).sum()) for p in part.parameters() if p.requires_grad))
+        for key, part in (("encoder", context), ("predictor", narrow))
+    }
+    for group, decay in zip(optimizer.param_groups, (rates["weight_decay"], 0.0), strict=True):
+        group.update(lr=rates["lr"], weight_decay=decay)
+    optimizer.step()
+    with torch.no_grad():
+        for average, weight in zip(target.parameters(), context.parameters(), strict=True):
+            average.mul_(rates["momentum"]).add_(weight, alpha=1 - rates["momentum"])
+    return norms
 
 
 def rates_at(step: int) -> dict[str, float]:

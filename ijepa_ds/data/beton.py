@@ -1,10 +1,14 @@
-"""What a .beton holds, read from its header and metadata, without decoding an image."""
+"""What a .beton holds, read from its header, its metadata and the files beside it, without decoding an image."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -70,3 +74,35 @@ def image_sizes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     reader = Reader(dataset.path)
     images = reader.metadata[f"f{list(reader.handlers).index('image')}"]
     return np.array(images["height"]), np.array(images["width"])
+
+
+def read_note(path: str) -> dict[str, Any]:
+    """What data_prep/to_ffcv.py wrote beside a .beton; empty where it did not."""
+    try:
+        note = json.loads(Path(f"{path}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def read_names(dataset: Dataset) -> list[str]:
+    """The path below SOURCE of the file that each sample came from, as data_prep/to_ffcv.py wrote it.
+
+    Raises:
+        UserError: the file of names is missing, damaged or of another .beton.
+    """
+    path = Path(f"{dataset.path}.names.gz")
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing, so files cannot be found by name: copy it along with {dataset.path}, or, where that "
+            "was made before data_prep/to_ffcv.py wrote names, convert it again"
+        )
+    try:
+        lines = gzip.decompress(path.read_bytes()).split(b"\n")[:-1]  # the last line ends in a line break too
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}): convert {dataset.path} again") from error
+    if len(lines) != dataset.num_samples:
+        raise UserError(
+            f"{path} names {len(lines)} files for the {dataset.num_samples} samples of {dataset.path}: convert it again"
+        )
+    return [os.fsdecode(line) for line in lines]

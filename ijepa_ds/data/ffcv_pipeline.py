@@ -141,12 +141,12 @@ class SampleMasks(Operation):
         grid, target_scale, aspect_ratio, context_scale = sampler.geometry
 
         def sample_masks(batch_indices, rows, metadata, storage_state):
+            step = batch_indices[0] >> TIME_SHIFT  # a batch has one
+            one, two, three = masks.size_numbers(seed, step)
+            sizes = sizes_of(one, two, three, grid, target_scale, aspect_ratio, context_scale)
+            tokens = sizes[0] * sizes[1]
             for position in iterator(len(batch_indices)):
-                step, sample = batch_indices[position] >> TIME_SHIFT, batch_indices[position] & _SAMPLE
-                one, two, three = masks.size_numbers(seed, step)
-                sizes = sizes_of(one, two, three, grid, target_scale, aspect_ratio, context_scale)
-                tokens = sizes[0] * sizes[1]
-                row = rows[position]
+                row, sample = rows[position], batch_indices[position] & _SAMPLE
                 targets = row[1 + room : 1 + room + num_targets * tokens].reshape((num_targets, tokens))
                 row[0] = draw_image(seed, step, sample, grid, sizes[:2], sizes[2:], limit, row[1 : 1 + room], targets)
             return rows[: len(batch_indices)]
@@ -298,8 +298,8 @@ def _torch_threads_kept() -> Iterator[None]:
 
 def warn_of_pageable(outputs: tuple) -> None:
     """One line where a batch's buffers are not pinned: FFCV says nothing when it could not have them so."""
-    tensors = itertools.chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in outputs)
-    if not all(tensor.is_pinned() for tensor in tensors):
+    parts = itertools.chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in outputs)
+    if not all(part.is_pinned() for part in parts if isinstance(part, torch.Tensor)):
         print(
             "warning: the loader's buffers could not be pinned, so each copy of a batch to the GPU holds up the "
             "process; is the limit of locked memory (ulimit -l) too low?",

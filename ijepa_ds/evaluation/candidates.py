@@ -26,28 +26,22 @@ BLOCKS = 4  # whose outputs `last4` holds
 
 
 @dataclass(frozen=True)
-class Name:
-    """Which of the candidates; only this is kept of one that was measured."""
-
-    name: str  # "trained", "random" or "pixels"
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.seed}" if self.name == "random" else self.name
-
-
-@dataclass(frozen=True)
-class Candidate(Name):
+class Candidate:
     """Something that turns images into features; ``views`` names columns of these.
 
     ``module`` is the transformer itself, for tasks that need more than pooled features, and ``build`` makes it anew in
     float32, to be trained; None for raw pixels.
     """
 
+    name: str  # "trained", "random" or "pixels"
+    seed: int
     views: dict[str, slice]
     forward: Callable[[Tensor], Tensor]  # uint8 [B, H, W, 3] on the device -> [B, F]
     module: VisionTransformer | None = None
     build: Callable[[], VisionTransformer] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.seed}" if self.name == "random" else self.name
 
 
 def computing_dtype(config: Config, process: Process) -> torch.dtype:
@@ -81,15 +75,20 @@ def pooled_features(module: VisionTransformer, config: Config) -> Callable[[Tens
 
     The last block's come last. An encoder of fewer blocks gives all it has.
     """
-    data, weight = config.ijepa.data, module.patch_embed.proj.weight
-    mean, std = (torch.tensor(values, device=weight.device) for values in (data.mean, data.std))
-    blocks_out = min(BLOCKS, len(module.blocks))
+    weight, blocks_out = module.patch_embed.proj.weight, min(BLOCKS, len(module.blocks))
+    prepare = input_of_encoder(config, weight.device, weight.dtype)
 
     def forward(images: Tensor) -> Tensor:
-        blocks = module(normalize_images(images, mean=mean, std=std, dtype=weight.dtype), blocks_out=blocks_out)
+        blocks = module(prepare(images), blocks_out=blocks_out)
         return torch.cat([block.float().mean(1) for block in (blocks if blocks_out > 1 else [blocks])], dim=1)
 
     return forward
+
+
+def input_of_encoder(config: Config, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Make the function from uint8 images on the device [B, H, W, 3] to the encoder's input [B, 3, H, W]."""
+    mean, std = (torch.tensor(values, device=device) for values in (config.ijepa.data.mean, config.ijepa.data.std))
+    return functools.partial(normalize_images, mean=mean, std=std, dtype=dtype)
 
 
 def small_pixels(images: Tensor) -> Tensor:

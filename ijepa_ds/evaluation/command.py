@@ -11,6 +11,8 @@ import argparse
 import math
 import os
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,14 +21,14 @@ from ijepa_ds.build import working_dtype
 from ijepa_ds.data.ffcv_pipeline import DecodeError
 from ijepa_ds.distributed import Process, leave_to_main_process, share_cpu_threads
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.candidates import Name, candidates, computing_dtype
+from ijepa_ds.evaluation.candidates import candidates, computing_dtype
 from ijepa_ds.evaluation.data import LabelledData
 from ijepa_ds.evaluation.illustrations import illustrate, log_scalars
 from ijepa_ds.evaluation.probes.recipes import PRESETS
-from ijepa_ds.evaluation.results import Results, combine, format_table
+from ijepa_ds.evaluation.results import Measurement, Results, combine, format_table
 from ijepa_ds.evaluation.setting import Setting
 from ijepa_ds.evaluation.subject import Subject, load_subject
-from ijepa_ds.evaluation.tasks import DEFAULT_TASKS, TASKS, check_tasks
+from ijepa_ds.evaluation.tasks import DEFAULT_TASKS, TASKS
 from ijepa_ds.files import checksum
 from ijepa_ds.hardware import bf16_warning
 from ijepa_ds.run.provenance import versions
@@ -45,9 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
         leave_to_main_process()
         raise
     return 0
-
-
-_LOWSHOT = ("split-list", "per-class", "draws", "finetune", "finetune-lr")  # options of that task alone
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,41 +100,39 @@ def _add_options_of_tasks(parser: argparse.ArgumentParser) -> None:
     add("--finetune-lr", metavar="X", type=float, help="instead of 3e-5, the paper's for ImageNet")
 
 
+_COUNTS = "train-images validation-images random-seeds micro-batch epochs batch draws"
+_NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # options, what they may be, and in words
+    (_COUNTS, lambda number: number >= 1, "must be at least 1; leave it out for the default"),
+    ("per-class", lambda number: number >= 1, "must be at least 1"),
+    ("lr weight-decay", lambda number: 0 <= number < math.inf, "must be a number of at least 0"),
+    ("finetune-lr", lambda number: 0 < number < math.inf, "must be a number above 0"),
+    ("crop-share", lambda number: 0 < number <= 1, "must be above 0 and at most 1"),
+)
+_LOWSHOT = ("split-list", "per-class", "draws", "finetune", "finetune-lr")  # options of that task alone
+_DRAWN = ("per-class", "draws")  # of these, what a list makes meaningless
+
+
 def check_options(options: argparse.Namespace) -> None:
     """Refuse numbers and combinations that make no sense: the first of them (:class:`UserError`)."""
-    for name in ("train_images", "validation_images", "random_seeds", "micro_batch", "epochs", "batch", "draws"):
-        number = getattr(options, name)
-        if number is not None and number < 1:
-            raise UserError(f"--{name.replace('_', '-')} = {number} must be at least 1; leave it out for the default")
-    for name, number in [
-        *(("lr", x) for x in options.lr or []),
-        *(("weight-decay", x) for x in options.weight_decay or []),
-    ]:
-        if not 0 <= number < math.inf:
-            raise UserError(f"--{name} = {number} must be a number of at least 0")
-    share, rate, listed = options.crop_share, options.finetune_lr, options.split_list
-    given = [name for name in _LOWSHOT if getattr(options, name.replace("-", "_")) not in (None, False)]
-    drawn = [name for name in given if name in ("per-class", "draws")]
-    refusals = {
-        f"--task transfer needs --preset: one of {', '.join(PRESETS)}, whose recipe is then used": (
-            "transfer" in options.task and options.preset is None
-        ),
-        f"--{(given or [''])[0]} is of --task lowshot: add that task, or leave the option out": (
-            given and "lowshot" not in options.task
-        ),
-        "--finetune-lr is of no use without --finetune: add it": rate is not None and not options.finetune,
-        f"--finetune-lr = {rate} must be a number above 0": rate is not None and not 0 < rate < math.inf,
-        f"--per-class = {min(options.per_class or [1])} must be at least 1": min(options.per_class or [1]) < 1,
-        f"--split-list names the labelled images, so --{(drawn or [''])[0]} has no meaning: leave one of them out": (
-            listed and drawn
-        ),
-        f"--split-list {listed} is not a file: give one image file name per line": listed
-        and not Path(listed).is_file(),
-        f"--crop-share = {share} must be above 0 and at most 1": share is not None and not 0 < share <= 1,
-    }
-    for sentence, wrong in refusals.items():
-        if wrong:
-            raise UserError(sentence)
+    values = {name.replace("_", "-"): value for name, value in vars(options).items()}
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    for names, accepts, sentence in _NUMBERS:
+        for name in filter(given.__contains__, names.split()):
+            numbers = given[name] if isinstance(given[name], list) else [given[name]]
+            if bad := [number for number in numbers if not accepts(number)]:
+                raise UserError(f"--{name} = {bad[0]} {sentence}")
+    few, drawn = ([name for name in names if name in given] for names in (_LOWSHOT, _DRAWN))
+    if "transfer" in options.task and options.preset is None:
+        raise UserError(f"--task transfer needs --preset: one of {', '.join(PRESETS)}, whose recipe is then used")
+    if few and "lowshot" not in options.task:
+        raise UserError(f"--{few[0]} is of --task lowshot: add that task, or leave the option out")
+    if "finetune-lr" in given and not options.finetune:
+        raise UserError("--finetune-lr is of no use without --finetune: add it")
+    if "split-list" in given and drawn:
+        cure = f"so --{drawn[0]} has no meaning: leave one of them out"
+        raise UserError(f"--split-list names the labelled images, {cure}")
+    if "split-list" in given and not Path(options.split_list).is_file():
+        raise UserError(f"--split-list {options.split_list} is not a file: give one image file name per line")
 
 
 def evaluate(options: argparse.Namespace, subject: Subject) -> Results | None:
@@ -150,17 +147,20 @@ def evaluate(options: argparse.Namespace, subject: Subject) -> Results | None:
     data = LabelledData(options, config, process)
     setting = Setting(options, config, data, process, say)
     say(f"measuring {subject.describe()}; tasks: {', '.join(options.task)}; labels: {', '.join(data.fields)}")
-    check_tasks(setting, options.task)
-    measured, dtype = [], computing_dtype(config, process)
+    prepared = {task: TASKS[task].prepare(setting) for task in options.task}  # before the first has run for hours
+    measured, dtype = defaultdict[str, list[Measurement]](list), computing_dtype(config, process)
     in_bf16 = working_dtype(config) == torch.bfloat16
     if warning := bf16_warning(in_bf16 and process.is_main, process.device, cure="the evaluation"):
         say(warning)
     for candidate in candidates(subject, process, dtype, random_seeds=options.random_seeds):
         began = time.monotonic()
-        measurements = [measurement for task in options.task for measurement in TASKS[task](setting, candidate)]
         # One of each task and label: --task linear --cached gives the logistic regression too.
-        unique = {(measurement.task, measurement.label): measurement for measurement in measurements}
-        measured.append((Name(candidate.name, candidate.seed), list(unique.values())))
+        unique = {
+            (measurement.task, measurement.label): measurement
+            for task, classes in prepared.items()
+            for measurement in TASKS[task].measure(setting, candidate, classes)
+        }
+        measured[candidate.name] += unique.values()
         say(f"{candidate}: measured in {time.monotonic() - began:.0f} s")  # no number without its baselines
     if not process.is_main:
         return None

@@ -6,8 +6,6 @@ Shapes: n training, m validation images; B of a batch, H x W pixels.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ijepa_ds.config import Config
-from ijepa_ds.data.beton import image_sizes, inspect_dataset, integer_label_fields, read_labels
+from ijepa_ds.data.beton import image_sizes, inspect_dataset, integer_label_fields, read_labels, read_note
 from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError, some
@@ -51,10 +49,9 @@ class LabelledData:
                     f"{str(path).rstrip('/')}.beton"
                 )
         self.datasets = dict(zip(SPLITS, map(inspect_dataset, self.paths), strict=True))
-        limits = options.train_images, options.validation_images
         self.samples = {
-            split: spread_samples(dataset.num_samples, limit)
-            for (split, dataset), limit in zip(self.datasets.items(), limits, strict=True)
+            "train": spread_samples(self.datasets["train"].num_samples, options.train_images),
+            "validation": spread_samples(self.datasets["validation"].num_samples, options.validation_images),
         }
         others = self.datasets["validation"].label_fields
         self.fields = [name for name in self.datasets["train"].label_fields if name in others]
@@ -84,10 +81,6 @@ class LabelledData:
                 raise UserError(f"'{field}' is no number for {num_bad} of {len(values)} images of {path}: convert anew")
         return train, validation
 
-    def images(self, split: str, samples: np.ndarray, *, crop_share: float) -> Iterator[Tensor]:
-        """uint8 central crops [B, H, W, 3] of ``samples`` in the file; use each batch before the next."""
-        return self.loader(split, crop_share=crop_share).batches(samples)
-
     def crop_share(self) -> float:
         """The central crop's side over the shorter side of an image: 0.875.
 
@@ -100,7 +93,7 @@ class LabelledData:
         """Whether these are CLEVR's own images, which are 480 x 320, and not the built-in scenes, which are square."""
         heights, widths = image_sizes(self.datasets["train"])
         wide = bool(np.all(np.abs(widths / heights - 1.5) < 0.02))
-        return wide and all(str(_note(path).get("kind", "")).startswith("CLEVR") for path in self.paths)
+        return wide and all(str(read_note(path).get("kind", "")).startswith("CLEVR") for path in self.paths)
 
     def loader(self, split: str, **options: Any) -> ImageLoader:
         """Make an :class:`ImageLoader` with these options, once: compiling one takes seconds."""
@@ -111,18 +104,9 @@ class LabelledData:
         return self._loaders[key]
 
 
-def _note(path: str) -> dict[str, Any]:
-    """Read what to_ffcv.py wrote beside a .beton; empty where it did not."""
-    try:
-        note = json.loads(Path(f"{path}.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) else {}
-
-
 def _class_names(paths: tuple[str, str]) -> list[str]:
     """The names of the classes of ``label``, where both files have them; class k is the k-th."""
-    train, validation = (_note(path).get("class_names") or [] for path in paths)
+    train, validation = (read_note(path).get("class_names") or [] for path in paths)
     if train and validation and train != validation:
         only = [sorted(set(ours) - set(theirs)) for ours, theirs in ((train, validation), (validation, train))]
         reasons = [f"only {path} has {some(names)}" for path, names in zip(paths, only, strict=True) if names]

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_ds.data.copy_ahead import on_device
 from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.distributed import Process, gather_rows
 from ijepa_ds.errors import UserError
+from ijepa_ds.evaluation.inputs import central_crops
 from ijepa_ds.progress import Progress
 
 BATCHES_WAITING = 64  # results left on the device
@@ -47,23 +47,16 @@ def extract_features(
     """
     values: list[Tensor] = []
     waiting: list[Tensor] = []
-    read, count = loader.batches(samples[process.rank :: process.world_size]), 0
-    for images in on_device(read, process.device):
-        waiting.append(forward(images).float())
+    count, progress = 0, progress or Progress(len(samples), enabled=False)
+    for part in central_crops(loader, samples, forward, process):
+        waiting.append(part.float())
         if len(waiting) == BATCHES_WAITING:  # reading a result makes the device wait for the host: seldom
             values, waiting = [*values, torch.cat(waiting).cpu()], []
-        count += len(images)
-        if progress is not None:
-            progress.show(min(len(samples), count * process.world_size))
-    if progress is not None:
-        progress.end(len(samples))
-    return finite(gather_rows(torch.cat([*values, *(part.cpu() for part in waiting)]), process))
-
-
-def finite(rows: Tensor) -> Tensor:
-    """``rows`` [n, ...], refused where one of them holds NaN or infinity."""
-    num_bad = sum(int((~torch.isfinite(part).flatten(1).all(dim=1)).sum()) for part in rows.split(CHECKED_ROWS))
-    if num_bad:
+        count += len(part)
+        progress.show(min(len(samples), count * process.world_size))
+    progress.end(len(samples))
+    rows = gather_rows(torch.cat([*values, *(part.cpu() for part in waiting)]), process)
+    if num_bad := sum(int((~part.isfinite().flatten(1).all(dim=1)).sum()) for part in rows.split(CHECKED_ROWS)):
         raise BrokenFeaturesError(
             f"the features of {num_bad} of {len(rows)} images hold NaN or infinity: the checkpoint has diverged or is "
             "damaged"

@@ -50,12 +50,12 @@ def _neighbours(results: Results, setting: Setting) -> list[list[Labelled]] | No
     classes = any_classes(setting, task.label)
 
     def labelled(split: str, labels: Tensor, samples: list[int]) -> list[Labelled]:
-        batches = data.images(split, np.array(samples), crop_share=setting.share())
-        images = [image.numpy().copy() for batch in batches for image in batch]
+        loader = data.loader(split, crop_share=setting.share())
+        images = [image.numpy().copy() for batch in loader.batches(np.array(samples)) for image in batch]
         names = [classes.names[int(labels[place])] for place in np.searchsorted(data.samples[split], samples)]
         return list(zip(images, names, strict=True))
 
-    nearest = {row["query"]: row["train"] for row in task.extra["neighbours"]}  # of few images a query may come twice
+    nearest = {row["query"]: row["train"] for row in task.extra["neighbours"]}
     queries = labelled("validation", classes.validation, sorted(nearest))
     rows = zip(queries, sorted(nearest), strict=True)
     return [[query, *labelled("train", classes.train, nearest[sample])] for query, sample in rows]

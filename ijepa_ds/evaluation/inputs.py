@@ -8,7 +8,6 @@ Shapes: n images in use, B of a step on this process, H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,21 +21,15 @@ from ijepa_ds.errors import UserError
 from ijepa_ds.random_streams import permutation
 
 
-class Inputs(Protocol):
-    """This process's share of each step, epoch by epoch."""
+class Inputs:
+    """Whole batches in a new order each epoch, this process's share of each; images that do not fill one are left out.
 
-    process: Process
-    seed: int
-    batch: int  # images of a step, over all processes
-    steps: int  # of an epoch
-    num_classes: int
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs [B, ...] on the device and labels [B] of each step."""
-
-
-class _Labelled:
-    """Whole batches of ``labels`` [n] in a new order each epoch; images that do not fill one are left out of it."""
+    Args:
+        labels: [n].
+        batch: images of a step, over all processes; an epoch has ``steps`` of them.
+        seed: of the order.
+        process: whose share is given.
+    """
 
     def __init__(self, labels: Tensor, *, batch: int, seed: int, process: Process) -> None:
         if batch < process.world_size:
@@ -44,13 +37,17 @@ class _Labelled:
         self.labels, self.batch, self.seed, self.process = labels, batch, seed, process
         self.steps, self.num_classes = len(labels) // batch, int(labels.max()) + 1
 
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs [B, ...] on the device and labels [B] of each step."""
+        raise NotImplementedError
+
     def positions(self, epoch: int) -> np.ndarray:
         """Which of the images this process takes in each step, int64 [steps, B]."""
         order = permutation(self.seed, epoch, len(self.labels))[: self.steps * self.batch]
         return order.reshape(self.steps, self.batch)[:, self.process.rank :: self.process.world_size]
 
 
-class CachedInputs(_Labelled):
+class CachedInputs(Inputs):
     """Rows made once, [n, ...] on the CPU.
 
     With those of the mirrored images beside them, one of the two is drawn for each epoch.
@@ -73,7 +70,7 @@ class CachedInputs(_Labelled):
             yield rows.to(self.process.device), self.labels[positions]
 
 
-class AugmentedInputs(_Labelled):
+class AugmentedInputs(Inputs):
     """Augmented images of ``samples`` [n] in the loader's file, as ``prepare`` makes them.
 
     ``prepare`` maps uint8 images [b, H, W, 3] on the device to [b, ...], without gradients; it must give a copy.

@@ -5,8 +5,10 @@ Shapes: n training, m validation images.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,13 +46,9 @@ class Classes:
 
 
 def classes_of(field: str, train: Tensor, validation: Tensor, names: list[str] | None = None) -> Classes:
-    """Number the classes that train shows: 3 to 10 objects are classes 0 to 7.
+    """Number the classes that train [n] shows: 3 to 10 objects are classes 0 to 7.
 
-    Args:
-        field: for the message.
-        train: raw integer labels [n].
-        validation: [m].
-        names: of the raw labels from 0, where known.
+    ``names`` are those of the raw labels from 0, where known.
 
     Raises:
         UserError: a class is in validation and not in train (named), or there is one class only.
@@ -71,7 +69,7 @@ def classes_of(field: str, train: Tensor, validation: Tensor, names: list[str] |
     return Classes(train, validation, [name(int(label)) for label in labels])
 
 
-def binned(field: str, train: Tensor, validation: Tensor, *, edges: Tensor | None = None) -> Classes:
+def binned(field: str, train: Tensor, validation: Tensor, *, edges: Sequence[float] | None = None) -> Classes:
     """Cut continuous labels at ``edges`` (default: six bins of equal population in train).
 
     A value on an edge goes to the lower bin.
@@ -79,14 +77,13 @@ def binned(field: str, train: Tensor, validation: Tensor, *, edges: Tensor | Non
     Raises:
         UserError: a bin that no training image falls into.
     """
-    given = edges is not None
-    edges = bin_edges(train) if edges is None else edges
-    inner = [f"{float(edge):.4g}" for edge in edges]
-    bounds = zip(["", *inner], [*inner, ""], strict=True)
-    names = [f"{low}-{high}" if low and high else f"<= {high}" if high else f"> {low}" for low, high in bounds]
-    bins = [torch.bucketize(values.double(), edges.double()) for values in (train, validation)]
+    bounds = bin_edges(train) if edges is None else torch.tensor(edges, dtype=torch.float64)
+    inner = [f"{edge:.4g}" for edge in bounds.tolist()]
+    ends = zip(["", *inner], [*inner, ""], strict=True)
+    names = [f"{low}-{high}" if low and high else f"<= {high}" if high else f"> {low}" for low, high in ends]
+    bins = [torch.bucketize(values.double(), bounds) for values in (train, validation)]
     empty = (torch.bincount(bins[0], minlength=len(names)) == 0).nonzero().flatten().tolist()
-    if empty and given:
+    if empty and edges is not None:
         raise UserError(
             f"no training image has a '{field}' of {', '.join(names[k] for k in empty)}: these bins are CLEVR's; take "
             "bins of equal population with --bins equal"
@@ -101,7 +98,5 @@ def binned(field: str, train: Tensor, validation: Tensor, *, edges: Tensor | Non
 
 def bin_edges(values: Tensor) -> Tensor:
     """The inner edges, float64, that cut ``values`` [n] of train into six bins of about equal size."""
-    ordered = values.double().sort().values  # torch.quantile refuses more than 16 million
-    position = torch.arange(1, NUM_BINS, dtype=torch.float64) / NUM_BINS * (len(values) - 1)
-    below = position.floor().long()
-    return torch.lerp(ordered[below], ordered[position.ceil().long()], position - below)
+    shares = np.arange(1, NUM_BINS) / NUM_BINS
+    return torch.from_numpy(np.quantile(values.double().numpy(), shares))  # torch's refuses more than 16 million

@@ -70,8 +70,8 @@ class OnlineProbe:
             return {}
         accuracies: dict[str, float] = {}
         for field in self.fields if self.process.is_main else ():
-            labels = [torch.from_numpy(read_labels(dataset, field)) for dataset in self._datasets]
-            labels = [values[samples] for values, samples in zip(labels, self._samples, strict=True)]
+            used = zip(self._datasets, self._samples, strict=True)
+            labels = [torch.from_numpy(read_labels(dataset, field)[samples]) for dataset, samples in used]
             accuracies |= probe(rows, labels, field, self.say_once)
         return accuracies
 

@@ -136,8 +136,8 @@ def regression_figure(task: TaskResult) -> Figure:
     axis.plot(limits, limits, color=RED, linestyle="--", linewidth=1.5, label="perfect")
     axis.set(xlim=limits, ylim=limits, aspect="equal", xlabel=f"true {task.label}", ylabel=f"predicted {task.label}")
     axis.legend(loc="upper left", frameon=False)
-    name, error = ", ".join(dict.fromkeys([task.label, task.task])), np.abs(predicted - true).mean()
-    axis.set_title(f"{name}: mean absolute error {error:.3g}, {len(true):,} images", fontsize=11)
+    error = f"mean absolute error {np.abs(predicted - true).mean():.3g}"
+    axis.set_title(f"{task.title}: {error}, {len(true):,} images", fontsize=11)
     return figure
 
 

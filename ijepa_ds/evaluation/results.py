@@ -6,19 +6,16 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from ijepa_ds.errors import UserError
 from ijepa_ds.files import replacing
-
-if TYPE_CHECKING:
-    from ijepa_ds.evaluation.candidates import Name
 
 Head = dict[str, Any]  # its "features", what else it was trained with, and the "value" that it reached
 NOT_OF_THE_HEAD = ("features", "value", "deviation", "values")  # the last two: where "value" is a mean over draws
@@ -109,16 +106,13 @@ def read_results(path: str | Path) -> Results:
     raise UserError(f"{path} is not the results of an evaluation ({reason}); make it with: python -m ijepa_ds evaluate")
 
 
-def combine(measured: Sequence[tuple[Name, list[Measurement]]]) -> list[TaskResult]:
-    """The results of all tasks that were measured for the trained encoder and for both baselines."""
-    by_name: dict[str, list[Measurement]] = {"trained": [], "random": [], "pixels": []}
-    for candidate, measurements in measured:
-        by_name[candidate.name] += measurements
+def combine(measured: Mapping[str, list[Measurement]]) -> list[TaskResult]:
+    """The results of all tasks that were measured for the trained encoder and for both baselines, by their names."""
     results = []
-    for trained in by_name["trained"]:
+    for trained in measured["trained"]:
         key, baselines = (trained.task, trained.label), dict[str, Baseline]()
         for name in ("random", "pixels"):
-            seeds = [seed for seed in by_name[name] if (seed.task, seed.label) == key]
+            seeds = [seed for seed in measured.get(name, []) if (seed.task, seed.label) == key]
             assert seeds, f"{key} has no baseline '{name}'"
             grids = [seed.grid for seed in seeds]
             baselines[name] = {"values": [best_of(grid)["value"] for grid in grids], "grids": grids}

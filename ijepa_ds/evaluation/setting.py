@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from ijepa_ds.evaluation.inputs import AugmentedInputs, CachedInputs
 from ijepa_ds.evaluation.labels import CLEVR_EDGES, KEPT_CLASSES, Classes, binned, classes_of
 from ijepa_ds.evaluation.probes.recipes import Recipe
 from ijepa_ds.evaluation.results import Head, Measurement, best_of, mean_and_deviation
-from ijepa_ds.method.ijepa import normalize_images
 from ijepa_ds.progress import Progress
 
 
@@ -41,7 +39,7 @@ class Setting:
         self._progress: Progress | None = None
         self._owner: Candidate | None = None  # whose features are kept
         self._features: dict[tuple[str, float, bool], Tensor] = {}
-        self._extracted = 0, 0.0  # images, seconds
+        self._extracted = 0, 0.0  # images, seconds, of this candidate
 
     @property
     def seed(self) -> int:
@@ -77,9 +75,8 @@ class Setting:
         if self._owner is not candidate:
             self._owner, self._features, self._extracted = candidate, {}, (0, 0.0)
         share = self.share() if share is None else share
-        key = (split, share, mirrored)
-        if key in self._features:
-            kept = self._features[key]
+        kept = self._features.get((split, share, mirrored))
+        if kept is not None:
             return kept if positions is None else kept[torch.from_numpy(positions)]
         samples = self.data.samples[split] if positions is None else self.data.samples[split][positions]
         loader, began = self.data.loader(split, crop_share=share), time.monotonic()
@@ -92,23 +89,14 @@ class Setting:
         images, seconds = self._extracted
         self._extracted = images + len(samples), seconds + time.monotonic() - began
         if positions is None:
-            self._features[key] = rows
+            self._features[split, share, mirrored] = rows
         return rows
-
-    def _rate(self) -> float | None:
-        """Images per second of all extractions for the candidate at hand; None where there was none."""
-        images, seconds = self._extracted
-        return images / seconds if seconds else None
 
     def adapt(self, recipe: Recipe, num_images: int) -> Recipe:
         """``recipe`` with the options' numbers instead, and no larger a batch than there are images."""
-        options = self.options
-        return recipe.adapted(
-            epochs=options.epochs,
-            batch=min(options.batch or recipe.batch, num_images),
-            lrs=options.lr,
-            weight_decays=options.weight_decay,
-        )
+        options, batch = self.options, min(self.options.batch or recipe.batch, num_images)
+        numbers = {"epochs": options.epochs, "lrs": options.lr, "weight_decays": options.weight_decay}
+        return recipe.adapted(batch=batch, **numbers)
 
     def cached(self, rows: Tensor, labels: Tensor, batch: int, mirrored: Tensor | None = None) -> CachedInputs:
         """Batches of rows that were made once."""
@@ -120,20 +108,13 @@ class Setting:
         batch: int,
         prepare: Callable[[Tensor], Tensor],
         *,
-        positions: np.ndarray | None = None,
-        seed: int | None = None,
+        positions: np.ndarray | slice = slice(None),
+        draw: int = 0,
     ) -> AugmentedInputs:
         """Batches of augmented training images, or of those at ``positions`` among them, which ``labels`` are of."""
-        loader, samples = self.data.loader("train", augment=True, seed=self.seed), self.data.samples["train"]
-        samples = samples if positions is None else samples[positions]
-        seed = self.seed if seed is None else seed
+        loader, seed = self.data.loader("train", augment=True, seed=self.seed), self.seed + draw
+        samples = self.data.samples["train"][positions]
         return AugmentedInputs(loader, samples, labels, prepare, batch=batch, seed=seed, process=self.process)
-
-    def normalize(self) -> Callable[[Tensor], Tensor]:
-        """Make the function from uint8 images on the device [B, H, W, 3] to the encoder's input [B, 3, H, W], fp32."""
-        data = self.config.ijepa.data
-        mean, std = (torch.tensor(values, device=self.process.device) for values in (data.mean, data.std))
-        return functools.partial(normalize_images, mean=mean, std=std, dtype=torch.float32)
 
     def measurement(
         self,
@@ -149,12 +130,13 @@ class Setting:
     ) -> Measurement:
         """Score the classes that each of ``heads`` gives the validation images, [m] or of several draws [draws, m].
 
-        ``began`` is when the task did, ``rate`` images per second where not those of the extraction.
+        ``began`` is when the task did, ``rate`` images per second where not those of the candidate's extractions.
         """
         grid = [head | _scores(classes, rows) for head, rows in zip(heads, predictions, strict=True)]
         best = predictions[grid.index(best_of(grid))]
         names = classes.names if classes.num_classes <= KEPT_CLASSES else None
         train, validation = map(len, self.data.samples.values())
+        images, seconds = self._extracted
         return Measurement(
             task=task,
             label=field,
@@ -162,7 +144,7 @@ class Setting:
             train_images=train,
             validation_images=validation,
             seconds=round(time.monotonic() - began, 2),
-            images_per_second=self._rate() if rate is None else rate,
+            images_per_second=images / seconds if rate is None and seconds else rate,
             extra={"class_names": names, **(extra or {})},
             confusion=classes.confusion(best if best.ndim == 1 else best[0]),
         )
@@ -179,9 +161,7 @@ def _scores(classes: Classes, predictions: Tensor) -> Head:
 def class_fields(setting: Setting) -> list[str]:
     """The labels of a classification: those asked for, or ``label``, or all that hold integers."""
     data = setting.data
-    if setting.options.label:
-        return setting.options.label
-    fields = ["label"] if "label" in data.integer_fields else list(data.integer_fields)
+    fields = setting.options.label or (["label"] if "label" in data.integer_fields else data.integer_fields)
     if not fields:
         raise UserError(
             f"{data.paths[0]} and {data.paths[1]} have no label of classes in common (they have: "
@@ -190,12 +170,16 @@ def class_fields(setting: Setting) -> list[str]:
     return fields
 
 
-def own_field(setting: Setting, name: str) -> str:
+def own_field(setting: Setting, name: str) -> list[str]:
     """The label of a task that has one of its own, unless another is asked for."""
-    labels = setting.options.label
-    if len(labels) > 1:
+    if len(setting.options.label) > 1:
         raise UserError(f"--task {name} measures one label: give --label once")
-    return labels[0] if labels else name
+    return setting.options.label or [name]
+
+
+def integer_classes(setting: Setting, field: str) -> Classes:
+    """A class for each number."""
+    return classes_of(field, *setting.data.labels(field))
 
 
 def any_classes(setting: Setting, field: str) -> Classes:
@@ -214,5 +198,4 @@ def depth_bins(setting: Setting, field: str) -> Classes:
     """CLEVR's bins for CLEVR's images, bins of equal population for others, whose unit is another."""
     bins = setting.options.bins
     clevr = bins == "clevr" or (bins == "auto" and field == "depth" and setting.data.is_clevr())
-    edges = torch.tensor(CLEVR_EDGES, dtype=torch.float64) if clevr else None
-    return binned(field, *setting.data.labels(field), edges=edges)
+    return binned(field, *setting.data.labels(field), edges=CLEVR_EDGES if clevr else None)

@@ -61,11 +61,18 @@ def load_subject(
         raise UserError(f"{path} does not exist; give a run folder, such as runs/scenes_tiny")
     others = path.is_file() or (path / "model.safetensors").is_file()
     subject = _from_others(path, config_path, heads) if others else _from_run(path)
-    config = _resized(subject.config, image_size) if image_size is not None else subject.config
+    config, patch = subject.config, subject.config.ijepa.model.patch_size
+    if image_size is not None:
+        if image_size < patch or image_size % patch:
+            raise UserError(f"--image-size {image_size} must be a multiple of the encoder's patches of {patch} pixels")
+        config = config.changed("data", image_size=(image_size, image_size))
     # Positions are fixed, so they need not be read.
     positions = sine_cosine_positions(subject.weights["norm.weight"].shape[0], config.grid)[None]
     weights = {**subject.weights, "pos_embed": positions}
-    _check_fits(weights, config, path)
+    with torch.device("meta"):
+        expected = build_encoder(config).state_dict()
+    if problems := shape_differences(shapes_of(weights), shapes_of(expected)):
+        raise UserError(f"{path} does not fit the configuration, give the one it was trained with: {some(problems)}")
     return dataclasses.replace(subject, config=config, weights=weights)
 
 
@@ -87,19 +94,3 @@ def _from_run(path: Path) -> Subject:
     config, step = read_run_config(run), checkpoint_step(checkpoint)
     weights = target_encoder_weights(checkpoint, config.grid)
     return Subject(config, weights, f"{run} at step {step}", checkpoint, run / "evaluation", step)
-
-
-def _check_fits(weights: dict[str, Tensor], config: Config, path: Path) -> None:
-    """Refuse tensors that are missing, of another shape, or not known by the configuration's encoder."""
-    with torch.device("meta"):
-        expected = build_encoder(config).state_dict()
-    problems = shape_differences(shapes_of(weights), shapes_of(expected))
-    if problems:
-        raise UserError(f"{path} does not fit the configuration, give the one it was trained with: {some(problems)}")
-
-
-def _resized(config: Config, image_size: int) -> Config:
-    patch = config.ijepa.model.patch_size
-    if image_size < patch or image_size % patch:
-        raise UserError(f"--image-size {image_size} must be a multiple of the encoder's patches of {patch} pixels")
-    return config.changed("data", image_size=(image_size, image_size))

@@ -6,70 +6,52 @@ arXiv 2204.07141) or n images a class, drawn by a seed.
 
 from __future__ import annotations
 
-import gzip
+import functools
 import os
-import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ijepa_ds.data.beton import Dataset
+from ijepa_ds.data.beton import Dataset, read_names
 from ijepa_ds.errors import UserError, some
 from ijepa_ds.evaluation.labels import Classes
-from ijepa_ds.evaluation.setting import Setting, any_classes
+from ijepa_ds.evaluation.probes.standardise import rank_within_class
+from ijepa_ds.evaluation.setting import Setting
 from ijepa_ds.random_streams import SUBSET, permutation
 
 
-@dataclass(frozen=True)
-class Subset:
-    """The labelled images of one row of the results, one array of positions among the images in use for each draw."""
-
-    name: str  # "13" images a class, or "list"
-    draws: list[np.ndarray]
-
-
-def subsets(setting: Setting, field: str) -> list[Subset]:
+def subsets(setting: Setting, field: str, classes: Classes) -> dict[str, list[np.ndarray]]:
     """Choose the images that --split-list or --per-class asks for.
+
+    Returns:
+        For each row of the results, called "13" (images a class) or "list", the positions among the training images in
+        use, one array a draw.
 
     Raises:
         UserError: a listed file is not there, a class has too few images, or none.
     """
-    options, data, classes = setting.options, setting.data, any_classes(setting, field)
+    options, data, labels = setting.options, setting.data, classes.train.numpy()
     if options.split_list is not None:
         train = data.datasets["train"]
         if len(data.samples["train"]) < train.num_samples:
             raise UserError("--split-list names the training images: leave out --train-images")
-        draws = [samples_of_list(options.split_list, train)]
-        _check_enough(
-            classes, draws[0], 1, field, f"the 1 that each class needs: name more files in {options.split_list}"
-        )
-        return [Subset("list", draws)]
+        listed = samples_of_list(options.split_list, train)
+        cure = f"the 1 that each class needs: name more files in {options.split_list}"
+        _check_enough(classes, labels[listed], 1, field, cure)
+        return {"list": [listed]}
     numbers = sorted(set(options.per_class or (13,)))
-    everything = np.arange(len(classes.train))
-    _check_enough(
-        classes, everything, numbers[-1], field, f"--per-class {numbers[-1]}: ask for fewer, or raise --train-images"
-    )
-    return [
-        Subset(
-            str(number),
-            [
-                draw_per_class(classes.train.numpy(), per_class=number, seed=setting.seed, draw=draw)
-                for draw in range(options.draws or 3)
-            ],
-        )
-        for number in numbers
-    ]
+    cure = f"--per-class {numbers[-1]}: ask for fewer, or raise --train-images"
+    _check_enough(classes, labels, numbers[-1], field, cure)
+    draw = functools.partial(draw_per_class, labels, seed=setting.seed)
+    return {str(n): [draw(per_class=n, draw=number) for number in range(options.draws or 3)] for n in numbers}
 
 
-def _check_enough(classes: Classes, positions: np.ndarray, number: int, field: str, cure: str) -> None:
-    counts = torch.bincount(classes.train[torch.from_numpy(positions)], minlength=classes.num_classes)
-    fewest = int(counts.argmin())
-    if counts[fewest] < number:
-        raise UserError(
-            f"class {classes.names[fewest]} of '{field}' has {int(counts[fewest])} training images, fewer than {cure}"
-        )
+def _check_enough(classes: Classes, labels: np.ndarray, number: int, field: str, cure: str) -> None:
+    counts = np.bincount(labels, minlength=classes.num_classes)
+    if (fewest := int(counts.min())) < number:
+        name = classes.names[int(counts.argmin())]
+        raise UserError(f"class {name} of '{field}' has {fewest} training images, fewer than {cure}")
 
 
 def draw_per_class(labels: np.ndarray, *, per_class: int, seed: int, draw: int = 0) -> np.ndarray:
@@ -78,10 +60,8 @@ def draw_per_class(labels: np.ndarray, *, per_class: int, seed: int, draw: int =
     A pure function of seed, draw and sample: a draw with fewer images a class is part of one with more.
     """
     order = permutation(seed, draw, len(labels), purpose=SUBSET)
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    _, counts = np.unique(labels, return_counts=True)
-    rank = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)
-    return np.sort(by_class[rank < per_class])
+    rank = rank_within_class(torch.from_numpy(labels[order])).numpy()
+    return np.sort(order[rank < per_class])
 
 
 def samples_of_list(split_list: str | Path, dataset: Dataset) -> np.ndarray:
@@ -101,7 +81,7 @@ def samples_of_list(split_list: str | Path, dataset: Dataset) -> np.ndarray:
     if not wanted:
         raise UserError(f"{split_list} names no files: give a list with one image file name per line")
     samples: dict[str, int] = {}
-    for sample, path in enumerate(_names(dataset)):
+    for sample, path in enumerate(read_names(dataset)):
         name = path if path in wanted else os.path.basename(path)
         if name in samples:
             raise UserError(
@@ -116,22 +96,3 @@ def samples_of_list(split_list: str | Path, dataset: Dataset) -> np.ndarray:
             "give the list of this data set, and convert it without --limit and --skip-unreadable"
         )
     return np.array(sorted(samples.values()), np.int64)
-
-
-def _names(dataset: Dataset) -> list[str]:
-    """The path below SOURCE of the file that each sample came from, as data_prep/to_ffcv.py wrote it."""
-    path = Path(f"{dataset.path}.names.gz")
-    if not path.is_file():
-        raise UserError(
-            f"{path} is missing, so files cannot be found by name: copy it along with {dataset.path}, or, where that "
-            "was made before data_prep/to_ffcv.py wrote names, convert it again"
-        )
-    try:
-        lines = gzip.decompress(path.read_bytes()).split(b"\n")[:-1]  # the last line ends in a line break too
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}): convert {dataset.path} again") from error
-    if len(lines) != dataset.num_samples:
-        raise UserError(
-            f"{path} names {len(lines)} files for the {dataset.num_samples} samples of {dataset.path}: convert it again"
-        )
-    return [os.fsdecode(line) for line in lines]

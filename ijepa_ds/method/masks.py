@@ -23,12 +23,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from llvmlite import ir
 from numba import njit
+from numba.extending import intrinsic
 
 from ijepa_ds.errors import UserError
 from ijepa_ds.random_streams import BLOCK_SIZE, MASK, below, stream, uniform
 
 # Nothing here is cached by numba on disk: it would not notice a change of random_streams, which is compiled in.
+
+_NONE, _ONE, _ALL = np.uint64(0), np.uint64(1), np.uint64(0xFFFFFFFFFFFFFFFF)
 
 # After this many rejected draws one more target block is laid over the first one, so that a draw always ends.
 ATTEMPTS = 100
@@ -46,6 +50,20 @@ class BlockSizes:
     def target_tokens(self) -> int:
         """The patches of a target block, T."""
         return self.target[0] * self.target[1]
+
+
+def _count_ones(context, value):
+    """The set bits of an integer, as one instruction."""
+    return value(value), lambda context, builder, signature, arguments: builder.ctpop(arguments[0])
+
+
+def _trailing_zeros(context, value):
+    """The place of an integer's lowest set bit, of which there must be one; one instruction."""
+    return value(value), lambda context, builder, signature, arguments: builder.cttz(arguments[0], ir.IntType(1)(1))
+
+
+count_ones: Callable[..., int] = intrinsic(_count_ones)
+trailing_zeros: Callable[..., int] = intrinsic(_trailing_zeros)
 
 
 @njit
@@ -108,17 +126,71 @@ def _write_block(top, left, block, columns, tokens):
 
 
 @njit
-def _select(key, counter, visible, count, tokens):
-    """Selection sampling (Knuth, Algorithm S): ``count`` of the visible patches, each set equally likely, ascending."""
-    left, kept = visible.sum(), 0
-    for patch in range(len(visible)):
-        if visible[patch]:
-            if uniform(key, counter) * left < count - kept:
-                tokens[kept] = patch
-                kept += 1
-            counter += 1
-            left -= 1
-    return kept
+def _columns(left, width, word):
+    """The bits of the columns [left, left + width) in a row's ``word``-th 64 columns."""
+    low, high = max(left - 64 * word, 0), min(left + width - 64 * word, 64)
+    if high <= low:
+        return _NONE
+    return (_ALL >> np.uint64(64 - high + low)) << np.uint64(low)
+
+
+@njit
+def _show(top, left, block, visible):
+    """Make the patches of a block visible, and no others."""
+    visible[:] = _NONE
+    for word in range(visible.shape[1]):
+        bits = _columns(left, block[1], word)
+        for row in range(top, top + block[0]):
+            visible[row, word] = bits
+
+
+@njit
+def _hide(top, left, block, visible):
+    """Make the patches of a block invisible."""
+    for word in range(visible.shape[1]):
+        bits = ~_columns(left, block[1], word)
+        for row in range(top, top + block[0]):
+            visible[row, word] &= bits
+
+
+@njit
+def _count(visible):
+    count = 0
+    for row in range(visible.shape[0]):
+        for word in range(visible.shape[1]):
+            count += np.int64(count_ones(visible[row, word]))
+    return count
+
+
+@njit
+def _select(key, counter, visible, left, columns, tokens):
+    """Selection sampling (Knuth, Algorithm S): K of ``left`` visible patches, all sets equally likely, ascending."""
+    missing, kept = len(tokens), 0
+    for row in range(visible.shape[0]):
+        for word in range(visible.shape[1]):
+            bits = visible[row, word]
+            while bits != _NONE:
+                tokens[kept] = row * columns + 64 * word + np.int64(trailing_zeros(bits))
+                taken = np.int64(below(key, counter, left) < missing)  # a number: a branch would be guessed wrongly
+                kept, missing = kept + taken, missing - taken
+                if missing == 0:
+                    return
+                bits &= bits - _ONE
+                counter += 1
+                left -= 1
+
+
+@njit
+def _write_targets(block, columns, targets):
+    """Fill the target blocks, whose first patches are there."""
+    first, corner = targets[0], targets[0, 0]
+    for row in range(block[0]):
+        for column in range(block[1]):
+            first[row * block[1] + column] = corner + row * columns + column
+    for m in range(1, len(targets)):
+        shift = targets[m, 0] - corner
+        for token in range(len(first)):
+            targets[m, token] = first[token] + shift
 
 
 @njit
@@ -128,37 +200,34 @@ def draw_multiblock(seed, step, sample, grid, target, context, context_tokens, t
     Blocks are drawn anew until at least ``context_tokens`` patches of the context block lie outside all targets.
     """
     key = stream(seed, MASK, step, sample)
-    num_targets = targets.shape[0]
-    tops = np.empty(num_targets, np.int64)
-    lefts = np.empty(num_targets, np.int64)
-    visible = np.empty((grid[0], grid[1]), np.bool_)  # in the context block, in no target block
+    visible = np.empty((grid[0], (grid[1] + 63) // 64), np.uint64)  # a bit a patch: in the context, in no target block
     counter = 0
-    distinct = num_targets
+    distinct = len(targets)
     attempt = 0
     while True:
-        for m in range(num_targets):
-            tops[m], lefts[m] = _place(key, counter, target, grid, 1)
-            counter += 2
-            if m >= distinct:
-                tops[m], lefts[m] = tops[0], lefts[0]
-        top, left = _place(key, counter, context, grid, 1)
-        counter += 2
-        if distinct == 0:  # last resort, valid wherever a valid draw exists: opposite corners
-            top, left = 0, 0
-            tops[:] = grid[0] - target[0]
-            lefts[:] = grid[1] - target[1]
-        visible[:, :] = False
-        visible[top : top + context[0], left : left + context[1]] = True
-        for m in range(num_targets):
-            visible[tops[m] : tops[m] + target[0], lefts[m] : lefts[m] + target[1]] = False
-        if visible.sum() >= context_tokens or distinct == 0:
+        if distinct > 0:
+            top, left = _place(key, counter + 2 * len(targets), context, grid, 1)
+            _show(top, left, context, visible)
+            for m in range(distinct):
+                top, left = _place(key, counter + 2 * m, target, grid, 1)
+                _hide(top, left, target, visible)
+                targets[m, 0] = top * grid[1] + left
+        else:  # last resort, valid wherever a valid draw exists: opposite corners
+            _show(0, 0, context, visible)
+            _hide(grid[0] - target[0], grid[1] - target[1], target, visible)
+            targets[0, 0] = (grid[0] - target[0]) * grid[1] + grid[1] - target[1]
+        counter += 2 * len(targets) + 2
+        free = _count(visible)
+        if free >= context_tokens or distinct == 0:
             break
         attempt += 1
         if attempt % ATTEMPTS == 0:
             distinct -= 1
-    for m in range(num_targets):
-        _write_block(tops[m], lefts[m], target, grid[1], targets[m])
-    return _select(key, counter, visible.reshape(-1), context_tokens, tokens)
+    for m in range(distinct, len(targets)):  # laid over the first
+        targets[m, 0] = targets[0, 0]
+    _write_targets(target, grid[1], targets)
+    _select(key, counter, visible, free, grid[1], tokens[:context_tokens])
+    return context_tokens
 
 
 @njit

@@ -30,7 +30,7 @@ from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType
 from ijepa_ds.data import ffcv_pipeline, pretraining_loader
 from ijepa_ds.data.beton import inspect_dataset, integer_label_fields, read_labels
 from ijepa_ds.data.crops import center_crop, random_crop
-from ijepa_ds.data.ffcv_pipeline import DecodeError, LoaderError
+from ijepa_ds.data.ffcv_pipeline import DecodeError, LoaderError, Request
 from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.data.pretraining_loader import Batch, PretrainingLoader
 from ijepa_ds.errors import UserError
@@ -310,13 +310,18 @@ def test_two_whole_buffers_of_a_batch_go_to_a_device_and_are_cut_there(make_load
         sent.clear()
 
 
-def test_buffers_that_are_not_pinned_are_one_line(capsys):
-    pinned, pageable = SimpleNamespace(is_pinned=lambda: True), torch.zeros(2)
-    ffcv_pipeline.warn_of_pageable(((pinned, pinned), pinned))
-    assert capsys.readouterr().out == ""
-    for outputs in (((pinned, pageable), pinned), ((pinned, pinned), pageable)):
+def test_buffers_that_are_not_pinned_are_one_line(make_loader, monkeypatch, capsys):
+    with contextlib.closing(make_loader().pipeline.traverse(iter([Request(np.arange(8), 0)]))) as batches:
+        _, outputs = next(batches)
+    (images, _), rows = outputs
+    for pageable in ([images], [rows], [images, rows]):
+        pages = {tensor.data_ptr() for tensor in pageable}
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor, pages=pages: tensor.data_ptr() not in pages)
         ffcv_pipeline.warn_of_pageable(outputs)
         assert capsys.readouterr().out.startswith("warning: the loader's buffers could not be pinned")
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    ffcv_pipeline.warn_of_pageable(outputs)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_loading_thread_works_on_the_consumers_device(monkeypatch):

@@ -57,7 +57,9 @@ def test_neighbours_are_shown_with_their_images_and_classes(
     assert names == {"confusion_depth_depth.png", "baselines.png", "regression_depth.png", "neighbours.png"}
     line = capsys.readouterr().out
     assert all(name in line for name in names) and "warning" not in line
-    images = torch.cat([i.clone() for i in setting.data.images("validation", np.arange(12), crop_share=1.0)]).numpy()
+    images = torch.cat(
+        [i.clone() for i in setting.data.loader("validation", crop_share=1.0).batches(np.arange(12))]
+    ).numpy()
     samples = [0, 2, 6, 10, 0, 4, 8], [5, 2, 6, 10, 0, 4, 8]
     for row, pictured in zip(shown, samples, strict=True):
         assert np.array_equal([image for image, _ in row], images[pictured])

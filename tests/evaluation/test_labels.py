@@ -17,11 +17,11 @@ def test_classes_are_numbered_from_those_in_train():
 
 def test_clevrs_bins():
     depths = torch.tensor([5.0, 8.0, 8.1, 8.5, 9.0, 9.2, 10.0, 12.0])
-    classes = binned("depth", depths, depths, edges=torch.tensor(CLEVR_EDGES))
+    classes = binned("depth", depths, depths, edges=CLEVR_EDGES)
     assert classes.train.tolist() == [0, 0, 1, 1, 2, 3, 4, 5]  # a value on an edge is below it, as in VTAB
     assert classes.names == ["<= 8", "8-8.5", "8.5-9", "9-9.5", "9.5-10", "> 10"]
     with pytest.raises(UserError, match=r"a 'depth' of > 10: these bins are CLEVR's; .* --bins equal"):
-        binned("depth", depths[:-1], depths, edges=torch.tensor(CLEVR_EDGES))
+        binned("depth", depths[:-1], depths, edges=CLEVR_EDGES)
 
 
 def test_other_depths_get_bins_of_equal_population():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,6 @@ import pytest
 import torch
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.candidates import Name
 from ijepa_ds.evaluation.labels import Classes
 from ijepa_ds.evaluation.results import (
     Measurement,
@@ -42,13 +42,12 @@ def measurement(*values: float, error: float = 1.0, names: tuple[str, ...] = ("l
     )
 
 
-def everything() -> list[tuple[Name, list[Measurement]]]:
-    return [
-        (Name("trained", 0), [measurement(50.0, 60.0)]),
-        (Name("random", 0), [measurement(30.0, 40.0, error=2.0)]),
-        (Name("random", 1), [measurement(34.0, 36.0, error=3.0)]),
-        (Name("pixels", 0), [measurement(20.0, names=("pixels",))]),
-    ]
+def everything() -> dict[str, list[Measurement]]:
+    return {
+        "trained": [measurement(50.0, 60.0)],
+        "random": [measurement(30.0, 40.0, error=2.0), measurement(34.0, 36.0, error=3.0)],
+        "pixels": [measurement(20.0, names=("pixels",))],
+    }
 
 
 def results(**changes: Any) -> Results:
@@ -73,7 +72,7 @@ def test_the_best_head_is_reported_for_the_baselines_too() -> None:
 @pytest.mark.parametrize("missing", ["random", "pixels"])
 def test_a_result_without_a_baseline_is_none(missing: str) -> None:
     with pytest.raises(AssertionError, match=f"has no baseline '{missing}'"):
-        combine([(candidate, measured) for candidate, measured in everything() if candidate.name != missing])
+        combine({name: measured for name, measured in everything().items() if name != missing})
 
 
 def test_the_table_has_a_row_for_each_kind_of_features() -> None:
@@ -83,13 +82,13 @@ def test_the_table_has_a_row_for_each_kind_of_features() -> None:
     assert [line.split()[:3] for line in lines] == [["depth", "depth", "last"], ["depth", "depth", "last4*"]]
     assert "50.00 %" in lines[0] and "32.00 ± 2.83 %" in lines[0] and "20.00 %" in lines[0]
     assert "+18.0 points = +6.4 sd" in lines[0] and lines[0].endswith("lr 0.1")
-    single = combine([everything()[place] for place in (0, 1, 3)])
+    single = combine({name: measured[:1] for name, measured in everything().items()})
     assert "+20.0 points  " in format_table(single) and "±" not in format_table(single)
 
 
 def test_what_was_measured_over_draws_is_a_mean_with_its_deviation() -> None:
     measured = everything()
-    for _, (depth,) in measured:
+    for depth in itertools.chain(*measured.values()):
         depth.grid[0] |= {"method": "logistic", "values": [1.0, 2.0], "deviation": 1.25}
     (result,) = combine(measured)
     lines = format_table([result]).splitlines()

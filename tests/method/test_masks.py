@@ -12,6 +12,7 @@ import pytest
 from ijepa_ds.errors import UserError
 from ijepa_ds.method import masks
 from ijepa_ds.method.masks import MaskSampler, MultiblockSampler, ReferenceSampler, default_context_tokens
+from ijepa_ds.random_streams import MASK, below, stream, uniform
 
 # 4x4 is 32 px with patch 8, 6x6 is 96 with 16: the released code never ended there. 37x37 is DINOv2's 518 with 14.
 GRIDS = [
@@ -28,6 +29,7 @@ GRIDS = [
     (1, 12),
     (5, 11),
     (14, 28),
+    (3, 100),  # more columns than a word has bits
 ]
 REFERENCE_GRIDS = [grid for grid in GRIDS if min(grid) >= 4]
 
@@ -142,6 +144,46 @@ def test_masks_are_what_they_always_were():
     context, targets = reference((16, 16)).draw(3, 5)
     assert len(context) == 111
     assert (targets[:, 0].tolist(), targets[:, -1].tolist()) == ([82, 67, 118, 88], [199, 184, 235, 205])
+
+
+def plainly_drawn(sampler: MultiblockSampler, step: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
+    """The definition of a multiblock mask in arrays of booleans, from the same random numbers in the same order."""
+    key, numbers = np.uint64(stream(np.uint64(sampler.seed), MASK, step, sample)), itertools.count()
+    (rows, columns), sizes = sampler.grid, sampler.block_sizes(step)
+
+    def place(block: tuple[int, int]) -> np.ndarray:
+        top, left = (below(key, next(numbers), side - b + 1) for side, b in zip(sampler.grid, block, strict=True))
+        inside = np.zeros(sampler.grid, bool)
+        inside[top : top + block[0], left : left + block[1]] = True
+        return inside
+
+    for attempt in itertools.count():
+        distinct = sampler.num_targets - attempt // masks.ATTEMPTS
+        targets = [place(sizes.target) for _ in range(sampler.num_targets)]
+        context = place(sizes.context)
+        targets[max(distinct, 1) :] = [targets[0]] * (sampler.num_targets - max(distinct, 1))
+        if distinct == 0:
+            row, column = np.mgrid[:rows, :columns]
+            targets = [(row >= rows - sizes.target[0]) & (column >= columns - sizes.target[1])] * sampler.num_targets
+            context = (row < sizes.context[0]) & (column < sizes.context[1])
+        free = np.flatnonzero(context & ~np.any(targets, axis=0))
+        if len(free) >= sampler.context_tokens or distinct == 0:
+            break
+    tokens: list[int] = []
+    for seen, patch in enumerate(free):
+        if uniform(key, next(numbers)) * (len(free) - seen) < sampler.context_tokens - len(tokens):
+            tokens.append(patch)
+    return np.array(tokens), np.array([np.flatnonzero(target) for target in targets])
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_multiblock_masks_are_their_plain_definition_bit_for_bit(grid):
+    """At the usual budget, and at the largest that is accepted, where targets are laid over each other."""
+    for budget, num_targets in itertools.product((default_context_tokens(grid), largest_budget(grid)), (1, 4)):
+        sampler = multiblock(grid, num_targets=num_targets, context_tokens=budget)
+        for step in range(5):
+            for drawn, plain in zip(sampler.draw(step, 9), plainly_drawn(sampler, step, 9), strict=True):
+                assert (drawn == plain).all()
 
 
 def test_no_compiled_function_takes_another_as_an_argument():

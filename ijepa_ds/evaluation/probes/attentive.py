@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from ijepa_ds.evaluation.inputs import Inputs
@@ -21,8 +22,6 @@ from ijepa_ds.evaluation.probes.supervised import Course, fit, predict
 from ijepa_ds.method.encoder import INIT_STD
 from ijepa_ds.progress import Progress
 
-LRS = (3e-4, 1e-3, 3e-3)
-WEIGHT_DECAYS = (0.01, 0.1, 0.4)
 HEAD_WIDTH = 64  # of an attention head, where the width allows it
 
 
@@ -64,14 +63,9 @@ class AttentiveHead(nn.Module):
         pooled = pooled + self.mlp(self.norm_mlp(pooled))
         return self.classifier(self.norm(pooled))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, N, D] -> logits [B, C]."""
-        return attend([self], tokens)[0]
 
-
-def attend(heads: Iterable[AttentiveHead], tokens: Tensor) -> Tensor:
+def attend(heads: Sequence[AttentiveHead], tokens: Tensor) -> Tensor:
     """Tokens [B, N, D] -> logits [G, B, C] of all heads, with two products of the tokens for all of them together."""
-    heads = list(heads)
     queries = torch.cat([head.token_queries() for head in heads])  # [G h, D]
     weights = F.linear(tokens, queries).float().softmax(dim=1)  # [B, N, G h]
     attended = weights.to(tokens.dtype).transpose(1, 2) @ tokens  # [B, G h, D]
@@ -87,15 +81,10 @@ def attentive_probe(
     course: Course,
     progress: Progress,
 ) -> tuple[list[Tensor], float]:
-    """Train a head for each point of ``grid`` with AdamW and a cosine, all on the same batches.
+    """Train a head for each learning rate and weight decay of ``grid`` with AdamW and a cosine, on the same batches.
 
-    Args:
-        inputs: patch tokens [B, N, D] after the encoder's final norm; all heads start from weights of their seed.
-        validation: tokens, this process's ``samples[rank::world_size]``.
-        width: D.
-        grid: learning rate and weight decay of each head.
-        course: V-JEPA takes 20 epochs for images.
-        progress: is shown the training images.
+    Inputs are patch tokens [B, N, D] of ``width`` D after the encoder's final norm; all heads start from weights of
+    the inputs' seed. ``validation`` has this process's share as :func:`predict` takes it.
 
     Returns:
         Predictions of each head [n], and images per second of training.
@@ -108,17 +97,11 @@ def attentive_probe(
     def logits(tokens: Tensor) -> Tensor:
         return attend(heads, tokens)
 
-    groups = [group for head, point in zip(heads, grid, strict=True) for group in _groups(head, *point)]
+    groups = [
+        {**group, "peak_lr": lr}
+        for head, (lr, weight_decay) in zip(heads, grid, strict=True)
+        for group in param_groups_weight_decay(head, weight_decay)  # none on biases, norms and the query
+    ]
     optimizer = torch.optim.AdamW(groups, fused=process.device.type == "cuda")
     rate = fit(logits, optimizer, inputs, course, progress)
     return list(predict(logits, validation, num_classifiers=len(grid), process=process)), rate
-
-
-def _groups(head: AttentiveHead, lr: float, weight_decay: float) -> list[dict]:
-    """No weight decay on biases, norms and the query."""
-    matrices = [parameter for parameter in head.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in head.parameters() if parameter.ndim <= 1]
-    return [
-        {"params": matrices, "peak_lr": lr, "weight_decay": weight_decay},
-        {"params": vectors, "peak_lr": lr, "weight_decay": 0.0},
-    ]

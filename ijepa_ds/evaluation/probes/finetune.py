@@ -21,7 +21,7 @@ from ijepa_ds.progress import Progress
 
 
 @dataclass(frozen=True)
-class FineTuneRecipe:
+class FineTuneRecipe(Course):
     """The paper's, where it says something. ``lr`` is the head's; the batch is that of the inputs."""
 
     epochs: int = 50
@@ -39,18 +39,11 @@ def fine_tune(
     validation: Iterable[Tensor],
     recipe: FineTuneRecipe,
     progress: Progress,
-    *,
-    micro_batch: int,
 ) -> Tensor:
     """Train ``encoder`` (in place, in float32) and a new linear head; bf16 autocast on a GPU.
 
-    Args:
-        encoder: [B, 3, H, W] -> [B, N, D] after its final norm. All of it is trained but the fixed positions.
-        inputs: images [B, 3, H, W], normalised, and their labels; the head's initial weights are of their seed.
-        validation: images, this process's ``samples[rank::world_size]``.
-        recipe: the paper's, or with other numbers.
-        progress: is shown the training images.
-        micro_batch: images computed at once.
+    All of the encoder is trained but the fixed positions. Inputs are normalised images [B, 3, H, W]; the head's initial
+    weights are of the inputs' seed. ``validation`` has this process's share as :func:`predict` takes it.
 
     Returns:
         Predictions [n] after the last epoch: the best one would be chosen on the validation images.
@@ -67,8 +60,7 @@ def fine_tune(
     def logits(images: Tensor) -> Tensor:
         return encoder.head(encoder(images).mean(dim=1))[None]  # [1, B, C]
 
-    course = Course(recipe.epochs, recipe.warmup_epochs, recipe.label_smoothing, micro_batch)
-    fit(logits, optimizer, inputs, course, progress)
+    fit(logits, optimizer, inputs, recipe, progress)
     encoder.eval()
     return predict(logits, validation, num_classifiers=1, process=process)[0]
 
@@ -79,10 +71,6 @@ def layer_decay_groups(encoder: VisionTransformer, recipe: FineTuneRecipe) -> li
     Layers as timm counts them: patch embedding and positions, each block, the final norm with the last block, the
     head. Biases, 1-d tensors and positions get no weight decay. Only parameters that are trained are listed.
     """
-    groups = param_groups_layer_decay(
-        encoder,
-        recipe.weight_decay,
-        no_weight_decay_list=encoder.no_weight_decay(),
-        layer_decay=recipe.layer_decay,
-    )
+    fixed = encoder.no_weight_decay()
+    groups = param_groups_layer_decay(encoder, recipe.weight_decay, fixed, layer_decay=recipe.layer_decay)
     return [{**group, "peak_lr": recipe.lr * group["lr_scale"]} for group in groups]

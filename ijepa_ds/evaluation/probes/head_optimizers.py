@@ -1,5 +1,6 @@
 """LARS and SGD for many heads at once: every tensor is [H, ...], and each head has its own rate and weight decay.
 
+A matrix of a head makes a tensor of three dimensions, a vector one of two.
 Only matrices are decayed and adapted; biases and BatchNorm's scale and shift are not (as usual for LARS, and in timm
 what its parameter groups are for).
 """
@@ -18,14 +19,8 @@ def lars_step(
 ) -> None:
     """LARS (arXiv 1708.03888) in place, as ``timm.optim.Lars`` with its defaults and momentum 0.9.
 
-    By these a head without weight decay is not adapted: it is plain SGD with momentum.
-
-    Args:
-        parameters: each [H, ...]; a matrix has three dimensions.
-        gradients: of the same shapes; they are used up.
-        momenta: of the same shapes, zeros before the first step.
-        lr: [H].
-        weight_decay: [H].
+    By these a head without weight decay is not adapted: it is plain SGD with momentum. Rates and decays are [H];
+    gradients are used up; momenta are zeros before the first step.
     """
     for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
         if parameter.ndim == 3:

@@ -4,25 +4,32 @@ A head is a linear layer, or BatchNorm and a linear layer. BatchNorm's statistic
 heads share them; its scale and shift, which each head has for itself, fold into the head's matrix:
 W (gamma * x + beta) + b = (W * gamma) x + (W beta + b). The gradients are written out, which saves autograd's copies.
 
-Shapes: n rows, D features, H heads of a stack, C classes.
+What is learnt depends neither on the micro-batch nor on the number of processes: batches are functions of the seed and
+the epoch, and BatchNorm sees whole batches.
+
+Shapes: n rows (B of a step on this process, m of validation), D features of all F, H heads of a stack, C classes.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ijepa_ds.distributed import Process
+from ijepa_ds.distributed import Process, sum_over_ranks
 from ijepa_ds.evaluation.inputs import Inputs
 from ijepa_ds.evaluation.probes.head_optimizers import lars_step, sgd_step
-from ijepa_ds.evaluation.probes.recipes import Head
+from ijepa_ds.evaluation.probes.recipes import Head, Recipe
+from ijepa_ds.progress import Progress
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1  # torch's
 INIT_STD = 0.01
 CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MiB in float32
+PREDICT_ROWS = 4096
 STEPS = {"lars": lars_step, "sgd": sgd_step}
 
 
@@ -55,15 +62,10 @@ class HeadStack:
         return weight.flatten(0, 1), bias.flatten()
 
     def gradients(self, rows: Tensor, labels: Tensor, *, total: int) -> tuple[list[Tensor], Tensor]:
-        """Gradients of the mean cross-entropy over ``total`` rows, of which these are a part.
+        """Gradients of the mean cross-entropy with respect to :attr:`parameters`, and this loss [H].
 
-        Args:
-            rows: [n, D], normalised where the heads have BatchNorm.
-            labels: [n].
-            total: rows of the whole batch, over all processes.
-
-        Returns:
-            Gradients of the folded weight [H, C, D] and bias [H, C] (see :meth:`unfold`), and the loss [H].
+        The mean is over the ``total`` rows of all processes, of which ``rows`` [n, D] (normalised where the heads have
+        BatchNorm) and ``labels`` [n] are this one's.
         """
         weight, bias = self.folded()
         count = len(self.heads)
@@ -80,10 +82,9 @@ class HeadStack:
             flat = wrong.view(len(part), -1)
             weight_gradient.addmm_(flat.T, part, alpha=1 / total)
             bias_gradient.add_(flat.sum(dim=0), alpha=1 / total)
-        return [weight_gradient.view_as(self.weight), bias_gradient.view_as(self.bias)], loss / total
+        return self._unfolded(weight_gradient.view_as(self.weight), bias_gradient.view_as(self.bias)), loss / total
 
-    def unfold(self, weight_gradient: Tensor, bias_gradient: Tensor) -> list[Tensor]:
-        """Gradients of :attr:`parameters` from those of the folded weight [H, C, D] and bias [H, C]."""
+    def _unfolded(self, weight_gradient: Tensor, bias_gradient: Tensor) -> list[Tensor]:
         if not self.normed:
             return [weight_gradient, bias_gradient]
         gamma = (weight_gradient * self.weight).sum(dim=1)
@@ -111,9 +112,9 @@ class SharedBatchNorm:
 
     def normalise_batch(self, rows: Tensor, *, total: int, process: Process) -> Tensor:
         """This process's rows [n, D] of a batch of ``total``, by the batch's statistics; the running ones are moved."""
-        mean = _summed(rows.sum(dim=0), process) / total
+        mean = sum_over_ranks(rows.sum(dim=0), process) / total
         # A second pass: the difference of two large sums would lose what a feature far from 0 varies by.
-        variance = _summed((rows - mean).square().sum(dim=0), process) / total
+        variance = sum_over_ranks((rows - mean).square().sum(dim=0), process) / total
         self.mean.lerp_(mean, BN_MOMENTUM)
         self.variance.lerp_(variance * (total / max(1, total - 1)), BN_MOMENTUM)  # unbiased, as torch keeps it
         return (rows - mean) * (variance + BN_EPS).rsqrt()
@@ -143,15 +144,14 @@ class HeadGrid:
     def step(self, rows: Tensor, labels: Tensor, *, total: int, lr_factor: float) -> Tensor:
         """One optimizer step on this process's rows [n, D] and labels [n] of a batch of ``total``.
 
-        Returns:
-            The loss of each head before the step, [H], in the order of :attr:`order`.
+        The loss before it, [H], comes back in the order of :attr:`order`.
         """
         normed = self._batch_norm.normalise_batch(rows, total=total, process=self.process)
         losses = []
         for stack in self.stacks:
-            folded, loss = stack.gradients(self._columns(stack, rows, normed), labels, total=total)
-            gradients = stack.unfold(*(_summed(gradient, self.process) for gradient in folded))
-            losses.append(_summed(loss, self.process))
+            gradients, loss = stack.gradients(self._columns(stack, rows, normed), labels, total=total)
+            *gradients, loss = (sum_over_ranks(part, self.process) for part in (*gradients, loss))
+            losses.append(loss)
             self.step_optimizer(
                 stack.parameters, gradients, stack.momenta, lr=stack.lr * lr_factor, weight_decay=stack.weight_decay
             )
@@ -178,7 +178,27 @@ class HeadGrid:
         return [head for stack in self.stacks for head in stack.heads]
 
 
-def _summed(values: Tensor, process: Process) -> Tensor:
-    if process.world_size > 1:
-        dist.all_reduce(values)
-    return values
+def train_heads(
+    inputs: Inputs, validation: Tensor, views: dict[str, slice], recipe: Recipe, progress: Progress
+) -> tuple[list[dict[str, Any]], list[Tensor], float]:
+    """Train all heads of ``recipe`` on features [B, F] and measure them on those of ``validation`` [m, F] at the end.
+
+    Each of ``views``, columns of the features, has heads of its own. All processes call this together.
+
+    Returns:
+        The heads, the predictions [m] of each, and images per second of training.
+    """
+    grid = HeadGrid(recipe.heads(tuple(views)), views, validation.shape[1], inputs, optimizer=recipe.optimizer)
+    began, step, note = time.monotonic(), 0, ""
+    for epoch in range(recipe.epochs):
+        for rows, labels in inputs.epoch(epoch):
+            factor = recipe.lr_factor(step, inputs.steps)
+            loss = grid.step(rows, labels.to(inputs.process.device), total=inputs.batch, lr_factor=factor)
+            step += 1
+            progress.show(step * inputs.batch, note)
+        lowest = float(torch.where(loss.isfinite(), loss, torch.inf).min())
+        note = f"lowest loss of {len(grid.order)} heads {lowest:.4f}"
+    progress.end(step * inputs.batch, note)
+    rate = step * inputs.batch / (time.monotonic() - began)
+    predictions = grid.predict(validation.split(PREDICT_ROWS))  # [m, H]
+    return [asdict(head) for head in grid.order], list(predictions.unbind(dim=1)), rate

@@ -41,23 +41,16 @@ def standardise(features: Tensor) -> Standardised:
 
 
 def held_out_part(labels: Tensor, *, seed: int) -> Tensor:
-    """Choose a part of each class to hold out: about 15 %, at least one image of a class that has two.
-
-    Args:
-        labels: [n] integers.
-        seed: of the choice.
-
-    Returns:
-        bool [n], true where held out.
+    """Choose about 15 % of each class to hold out, at least one image of a class that has two: bool [n].
 
     Raises:
-        UserError: no class has two images.
+        UserError: no class in ``labels`` [n] has two images.
     """
     counts = torch.bincount(labels)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
     number = ((counts * HELD_OUT_SHARE).round().long().clamp_min(1)).minimum((counts - 1).clamp_min(0))
     held_out = torch.empty(len(labels), dtype=torch.bool, device=labels.device)
-    held_out[order] = _rank_within_class(labels[order]) < number[labels[order]]
+    held_out[order] = rank_within_class(labels[order]) < number[labels[order]]
     if not held_out.any():
         raise UserError("every class has a single training image: two are needed to choose the probe's strength")
     return held_out
@@ -70,11 +63,11 @@ def folds(labels: Tensor) -> list[Tensor]:
     ascend, and nothing in their order depends on the image: no seed is needed.
     """
     alone = torch.bincount(labels)[labels] == 1
-    fold = torch.where(alone, -1, _rank_within_class(labels) % NUM_FOLDS)
+    fold = torch.where(alone, -1, rank_within_class(labels) % NUM_FOLDS)
     return [fold == k for k in fold[fold >= 0].unique().tolist()]
 
 
-def _rank_within_class(labels: Tensor) -> Tensor:
+def rank_within_class(labels: Tensor) -> Tensor:
     """How many of the labels [n] before each are equal to it, [n]."""
     counts = torch.bincount(labels)
     by_class = labels.sort(stable=True).indices

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_ds.distributed import Process, average_gradients, gather_rows
+from ijepa_ds.distributed import Process, average_gradients, gather_rows, sum_over_ranks
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.inputs import Inputs
 from ijepa_ds.method.schedules import warmup_cosine
@@ -65,7 +64,7 @@ def fit(logits: Logits, optimizer: torch.optim.Optimizer, inputs: Inputs, course
             optimizer.step()
             step += 1
             progress.show(step * inputs.batch, note)
-        mean_loss = _sum_over_ranks(loss, process) / (inputs.steps * inputs.batch)  # [G]
+        mean_loss = sum_over_ranks(loss, process) / (inputs.steps * inputs.batch)  # [G]
         if not bool(mean_loss.isfinite().any()):
             raise UserError(
                 f"{progress.name} diverged in epoch {epoch + 1}: its loss is no number; take a lower learning rate"
@@ -105,10 +104,3 @@ def _backward(logits: Logits, images: Tensor, labels: Tensor, smoothing: float, 
     ).view(targets.shape)
     loss.sum().backward()  # classifiers share no parameter that is trained: each gets the gradient of its own loss
     return loss.detach().sum(dim=1)
-
-
-def _sum_over_ranks(values: Tensor, process: Process) -> Tensor:
-    values = values.float().cpu()
-    if process.world_size > 1:
-        dist.all_reduce(values, group=process.control)
-    return values

@@ -1,52 +1,53 @@
 """The tasks of the evaluation. Each measures one candidate at a time, the trained encoder and its baselines alike.
 
-A task is a function of a :class:`~ijepa_ds.evaluation.setting.Setting` and a
-:class:`~ijepa_ds.evaluation.candidates.Candidate` that gives measurements; all processes call it together, and the main
-one's are kept. To add one, write the function and name it in :data:`TASKS`.
+All processes call them together, and the main one's measurements are kept. To add one, write its function and name it
+in :data:`TASKS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 from ijepa_ds.evaluation.candidates import Candidate
-from ijepa_ds.evaluation.labels import classes_of
+from ijepa_ds.evaluation.labels import Classes
+from ijepa_ds.evaluation.probes.recipes import COUNT, DEPTH
 from ijepa_ds.evaluation.results import Measurement
-from ijepa_ds.evaluation.setting import Setting, any_classes, class_fields, depth_bins, own_field
-from ijepa_ds.evaluation.subsets import subsets
+from ijepa_ds.evaluation.setting import Setting, any_classes, class_fields, depth_bins, integer_classes, own_field
 from ijepa_ds.evaluation.tasks.attentive import attentive
 from ijepa_ds.evaluation.tasks.feature_probes import knn, logistic
-from ijepa_ds.evaluation.tasks.head_grids import count, depth, linear, transfer
-from ijepa_ds.evaluation.tasks.lowshot import lowshot
+from ijepa_ds.evaluation.tasks.head_grids import head_grids, linear, transfer
+from ijepa_ds.evaluation.tasks.lowshot import few_labels, lowshot
 
-TASKS: dict[str, Callable[[Setting, Candidate], list[Measurement]]] = {
-    "logistic": logistic,
-    "knn": knn,
-    "linear": linear,
-    "count": count,
-    "depth": depth,
-    "transfer": transfer,
-    "lowshot": lowshot,
-    "attentive": attentive,
+
+@dataclass(frozen=True)
+class Task:
+    """How labels are measured, which they are where none is asked for, and how they become classes."""
+
+    measure: Callable[[Setting, Candidate, dict[str, Classes]], Iterator[Measurement]]
+    fields: Callable[[Setting], list[str]] = class_fields
+    classes: Callable[[Setting, str], Classes] = any_classes
+
+    def prepare(self, setting: Setting) -> dict[str, Classes]:
+        """The classes of each label; what measuring would stumble over is refused (:class:`UserError`)."""
+        return {field: self.classes(setting, field) for field in self.fields(setting)}
+
+
+TASKS = {
+    "logistic": Task(logistic, Setting.fields),
+    "knn": Task(knn, Setting.fields),
+    "linear": Task(linear),
+    "count": Task(  # Clevr/Count: the number of objects
+        partial(head_grids, task="count", recipe=COUNT, regression=True),
+        partial(own_field, name="count"),
+        integer_classes,
+    ),
+    "depth": Task(  # Clevr/Dist: the depth of the nearest object, in six bins
+        partial(head_grids, task="depth", recipe=DEPTH, regression=True), partial(own_field, name="depth"), depth_bins
+    ),
+    "transfer": Task(transfer),
+    "lowshot": Task(lowshot, classes=few_labels),
+    "attentive": Task(attentive),
 }
 DEFAULT_TASKS = ("logistic", "knn")
-
-
-def check_tasks(setting: Setting, tasks: list[str]) -> None:
-    """Refuse what the last of ``tasks`` would stumble over before the first has run for hours.
-
-    Raises:
-        UserError: a label or classes that a task cannot use.
-    """
-    for task in tasks:
-        if task == "count":
-            field = own_field(setting, task)
-            classes_of(field, *setting.data.labels(field))
-        elif task == "depth":
-            depth_bins(setting, own_field(setting, task))
-        else:
-            every = task in ("logistic", "knn") and not setting.options.label
-            for field in setting.data.fields if every else class_fields(setting):
-                any_classes(setting, field)
-                if task == "lowshot":
-                    subsets(setting, field)

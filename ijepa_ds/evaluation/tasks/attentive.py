@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
+from collections.abc import Iterator
 
 import psutil
 import torch
@@ -17,14 +18,15 @@ from torch import Tensor
 
 from ijepa_ds.distributed import on_any_rank
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.candidates import Candidate
+from ijepa_ds.evaluation.candidates import Candidate, input_of_encoder
 from ijepa_ds.evaluation.data import SPLITS
 from ijepa_ds.evaluation.features import extract_features
 from ijepa_ds.evaluation.inputs import Inputs, central_crops
+from ijepa_ds.evaluation.labels import Classes
 from ijepa_ds.evaluation.probes.attentive import attentive_probe
 from ijepa_ds.evaluation.probes.supervised import Course
 from ijepa_ds.evaluation.results import Measurement
-from ijepa_ds.evaluation.setting import Setting, any_classes, class_fields
+from ijepa_ds.evaluation.setting import Setting
 from ijepa_ds.evaluation.tasks.feature_probes import logistic
 from ijepa_ds.method.encoder import VisionTransformer
 
@@ -33,14 +35,14 @@ BATCH, EPOCHS = 256, 20
 MEMORY_SHARE = 0.5  # of what is free, that cached tokens may take
 
 
-def attentive(setting: Setting, candidate: Candidate) -> list[Measurement]:
-    """A measurement for each label of classes."""
-    fields, module = class_fields(setting), candidate.module
-    if module is None:
-        measurements = logistic(setting, candidate, fields)
-        return [dataclasses.replace(measurement, task="attentive") for measurement in measurements]
-    measured = [_probe(setting, candidate, module, field) for field in fields]
-    return [measurement for measurement in measured if measurement is not None]
+def attentive(setting: Setting, candidate: Candidate, classes: dict[str, Classes]) -> Iterator[Measurement]:
+    """A grid of probes for each label."""
+    if candidate.module is None:
+        for measurement in logistic(setting, candidate, classes):
+            yield dataclasses.replace(measurement, task="attentive")
+        return
+    for field in classes:
+        yield from _probe(setting, candidate, candidate.module, field, classes[field])
 
 
 def check_cached(setting: Setting, module: VisionTransformer) -> None:
@@ -55,29 +57,25 @@ def check_cached(setting: Setting, module: VisionTransformer) -> None:
         )
 
 
-def _probe(setting: Setting, candidate: Candidate, module: VisionTransformer, field: str) -> Measurement | None:
+def _probe(
+    setting: Setting, candidate: Candidate, module: VisionTransformer, field: str, classes: Classes
+) -> Iterator[Measurement]:
     began, options, process, data = time.monotonic(), setting.options, setting.process, setting.data
-    classes, prepare = any_classes(setting, field), setting.normalize()
+    prepare = input_of_encoder(setting.config, process.device, module.patch_embed.proj.weight.dtype)
     batch = min(options.batch or BATCH, len(classes.train))
 
     @torch.no_grad()
     def tokens(images: Tensor) -> Tensor:
         """Uint8 images on the device [B, H, W, 3] -> patch tokens [B, N, D] after the final norm."""
-        return module(prepare(images).to(module.patch_embed.proj.weight.dtype)).float()
+        return module(prepare(images)).float()
 
     loaders = {split: data.loader(split, crop_share=setting.share()) for split in SPLITS}
     if options.cached:
         check_cached(setting, module)
-        rows = {
-            split: extract_features(
-                tokens,
-                loaders[split],
-                samples,
-                process,
-                progress=setting.progress(f"tokens of {split}, {candidate}", len(samples)),
-            )
-            for split, samples in data.samples.items()
-        }
+        rows = {}
+        for split, samples in data.samples.items():
+            shown = setting.progress(f"tokens of {split}, {candidate}", len(samples))
+            rows[split] = extract_features(tokens, loaders[split], samples, process, progress=shown)
         inputs: Inputs = setting.cached(rows["train"], classes.train, batch)
         validation = iter(rows["validation"][process.rank :: process.world_size].split(options.micro_batch))
     else:
@@ -88,8 +86,8 @@ def _probe(setting: Setting, candidate: Candidate, module: VisionTransformer, fi
     progress = setting.progress(f"attentive probe {field}, {candidate}", course.epochs * inputs.steps * batch)
     predictions, rate = attentive_probe(inputs, validation, module.embed_dim, grid, course, progress)
     if not process.is_main:
-        return None
+        return
     heads = [{"features": "tokens", "lr": lr, "weight_decay": weight_decay} for lr, weight_decay in grid]
     augmentation = "none" if options.cached else "random resized crop, flip"
     extra = {"epochs": course.epochs, "batch": batch, "augmentation": augmentation}
-    return setting.measurement("attentive", field, classes, heads, predictions, began, extra=extra, rate=rate)
+    yield setting.measurement("attentive", field, classes, heads, predictions, began, extra=extra, rate=rate)

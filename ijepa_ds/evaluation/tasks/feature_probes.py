@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,53 +16,71 @@ from torch import Tensor
 
 from ijepa_ds.evaluation.candidates import Candidate
 from ijepa_ds.evaluation.data import SPLITS
+from ijepa_ds.evaluation.features import spread_samples
+from ijepa_ds.evaluation.labels import Classes
 from ijepa_ds.evaluation.probes.knn import NEIGHBOURS, nearest_neighbours, usable, vote
 from ijepa_ds.evaluation.probes.logistic import logistic_regression
 from ijepa_ds.evaluation.probes.ridge import ridge_regression
 from ijepa_ds.evaluation.probes.standardise import held_out_part, standardise
 from ijepa_ds.evaluation.results import Head, Measurement
-from ijepa_ds.evaluation.setting import Setting, any_classes
+from ijepa_ds.evaluation.setting import Setting
 
 QUERIES, SHOWN_NEIGHBOURS = 8, 6
 KEPT_PAIRS = 2000  # of true and predicted values
 
 
-def logistic(setting: Setting, candidate: Candidate, fields: list[str] | None = None) -> list[Measurement]:
+def logistic(setting: Setting, candidate: Candidate, classes: dict[str, Classes]) -> Iterator[Measurement]:
     """Logistic regression on standardised features, the penalty chosen on a part of train.
 
     Of a continuous label on its bins, beside ridge regression.
     """
     train, validation = (setting.features(candidate, split) for split in SPLITS)
     if not setting.process.is_main:
-        return []
-    began, device = time.monotonic(), setting.process.device
-    classes = {field: any_classes(setting, field) for field in fields or setting.fields()}
-    heads: dict[str, list[Head]] = {field: [] for field in classes}
-    predictions: dict[str, list[Tensor]] = {field: [] for field in classes}
-    progress = setting.progress(f"logistic regression, {candidate}", len(candidate.views) * len(classes), "fits")
-    done = 0
-    for view, columns in candidate.views.items():
-        space = standardise(train[:, columns].to(device))
-        rows = space.apply(validation[:, columns].to(device))
-        for field in classes:
-            labels = classes[field].train.to(device)
-            fit = logistic_regression(
-                space,
-                labels,
-                held_out=[held_out_part(labels, seed=0)],
-                tick=functools.partial(progress.show, done, field),
-            )
-            heads[field].append({"features": view, "l2": fit.l2})
-            predictions[field].append(fit.logits(rows).argmax(dim=1))
-            done += 1
-    progress.end(done)
-    measurements = []
-    for field in classes:
+        return
+    began, labels = time.monotonic(), {field: of_label.train for field, of_label in classes.items()}
+    work = f"logistic regression, {candidate}"
+    fits = logistic_heads(setting, candidate, train, validation, labels, held_out=_one_part, work=work)
+    for field, scored in fits.items():
         continuous = setting.data.labels(field)[0].is_floating_point()
         extra = regressed(setting, candidate, field, train, validation) if continuous else None
-        scored = classes[field], heads[field], predictions[field]
-        measurements.append(setting.measurement("logistic", field, *scored, began, extra=extra))
-    return measurements
+        yield setting.measurement("logistic", field, classes[field], *scored, began, extra=extra)
+
+
+def _one_part(labels: Tensor) -> list[Tensor]:
+    return [held_out_part(labels, seed=0)]
+
+
+def logistic_heads(
+    setting: Setting,
+    candidate: Candidate,
+    train: Tensor,
+    validation: Tensor,
+    labels: dict[str, Tensor],
+    *,
+    held_out: Callable[[Tensor], list[Tensor]],
+    work: str,
+) -> dict[str, tuple[list[Head], list[Tensor]]]:
+    """Logistic regression of each of ``labels`` [n] on each view of train [n, F].
+
+    Each view is standardised once, for all labels.
+
+    Returns:
+        For each label the heads, one a view, and the classes [m] that each gives validation [m, F].
+    """
+    device, done = setting.process.device, 0
+    fits: dict[str, tuple[list[Head], list[Tensor]]] = {field: ([], []) for field in labels}
+    progress = setting.progress(work, len(candidate.views) * len(labels), "fits")
+    for view, columns in candidate.views.items() if setting.process.is_main else ():
+        space = standardise(train[:, columns].to(device))
+        rows = space.apply(validation[:, columns].to(device))
+        for field, (heads, predictions) in fits.items():
+            targets, tick = labels[field].to(device), functools.partial(progress.show, done, field)
+            fit = logistic_regression(space, targets, held_out=held_out(targets), tick=tick)
+            heads.append({"features": view, "l2": fit.l2})
+            predictions.append(fit.logits(rows).argmax(dim=1))
+            done += 1
+    progress.end(done)
+    return fits
 
 
 def regressed(setting: Setting, candidate: Candidate, field: str, train: Tensor, validation: Tensor) -> dict[str, Any]:
@@ -74,7 +93,7 @@ def regressed(setting: Setting, candidate: Candidate, field: str, train: Tensor,
         _, predictions[view] = ridge_regression(space, train_values, space.apply(validation[:, columns].double()))
         errors[view] = float((predictions[view] - values).abs().mean())
     best = min(errors, key=errors.__getitem__)
-    kept = torch.arange(min(KEPT_PAIRS, len(values))) * len(values) // min(KEPT_PAIRS, len(values))
+    kept = torch.from_numpy(spread_samples(len(values), KEPT_PAIRS))
     return {
         "mean_absolute_error": errors[best],
         "mean_absolute_error_by_features": errors,
@@ -83,11 +102,11 @@ def regressed(setting: Setting, candidate: Candidate, field: str, train: Tensor,
     }
 
 
-def knn(setting: Setting, candidate: Candidate) -> list[Measurement]:
+def knn(setting: Setting, candidate: Candidate, classes: dict[str, Classes]) -> Iterator[Measurement]:
     """Weighted nearest neighbours, k = 10, 20, 100, 200, temperature 0.07."""
     train, validation = (setting.features(candidate, split) for split in SPLITS)
     if not setting.process.is_main:
-        return []
+        return
     began, device, samples = time.monotonic(), setting.process.device, setting.data.samples
     ks, found = usable(NEIGHBOURS, len(train), setting.say), {}
     for view, columns in candidate.views.items():
@@ -95,19 +114,14 @@ def knn(setting: Setting, candidate: Candidate) -> list[Measurement]:
         bank = train[:, columns].to(device)
         found[view] = nearest_neighbours(bank, validation[:, columns], k=ks[-1], tick=progress.show)
         progress.end(len(validation))
-    queries = torch.arange(QUERIES).clamp_max(len(validation) - 1) * len(validation) // QUERIES
-    nearest = found[view][1][queries.to(device), :SHOWN_NEIGHBOURS]  # by the last view: all columns
-    neighbours = [  # sample numbers in the two files
-        {"query": int(samples["validation"][query]), "train": samples["train"][row].tolist()}
-        for query, row in zip(queries.tolist(), nearest.tolist(), strict=True)
-    ]
-    measurements = []
-    for field in setting.fields():
-        classes = any_classes(setting, field)
-        labels = classes.train.to(device)
-        heads = [{"features": view, "k": k} for view in found for k in ks]
+    queries = spread_samples(len(validation), QUERIES)
+    nearest = found[view][1][queries, :SHOWN_NEIGHBOURS].cpu().numpy()  # by the last view: all columns
+    rows = zip(samples["validation"][queries].tolist(), samples["train"][nearest].tolist(), strict=True)
+    neighbours = [{"query": query, "train": row} for query, row in rows]  # sample numbers in the two files
+    heads = [{"features": view, "k": k} for view in found for k in ks]
+    for field, of_label in classes.items():
+        labels = of_label.train.to(device)
         predictions = [vote(cosine, labels[index], k=k) for cosine, index in found.values() for k in ks]
         extra = {"neighbours": neighbours}
-        measurement = setting.measurement("knn", field, classes, heads, predictions, began, extra=extra)
-        measurements.append(dataclasses.replace(measurement, confusion=None))
-    return measurements
+        measurement = setting.measurement("knn", field, of_label, heads, predictions, began, extra=extra)
+        yield dataclasses.replace(measurement, confusion=None)

@@ -10,131 +10,111 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_ds.evaluation.candidates import Candidate
+from ijepa_ds.evaluation.candidates import Candidate, input_of_encoder
 from ijepa_ds.evaluation.inputs import central_crops
+from ijepa_ds.evaluation.labels import Classes
 from ijepa_ds.evaluation.probes.finetune import FineTuneRecipe, fine_tune
-from ijepa_ds.evaluation.probes.head_training import train_heads
-from ijepa_ds.evaluation.probes.logistic import logistic_regression
+from ijepa_ds.evaluation.probes.heads import train_heads
 from ijepa_ds.evaluation.probes.recipes import LINEAR
-from ijepa_ds.evaluation.probes.standardise import folds, standardise
+from ijepa_ds.evaluation.probes.standardise import folds
 from ijepa_ds.evaluation.results import Head, Measurement, best_of
-from ijepa_ds.evaluation.setting import Setting, any_classes, class_fields
-from ijepa_ds.evaluation.subsets import Subset, subsets
+from ijepa_ds.evaluation.setting import Setting, any_classes
+from ijepa_ds.evaluation.subsets import subsets
+from ijepa_ds.evaluation.tasks.feature_probes import logistic_heads
 from ijepa_ds.method.encoder import VisionTransformer
 
 FINETUNE_BATCH = 512  # the paper's
 FINETUNED = "finetuned"  # what stands for the kind of features where the encoder itself was trained
-MICRO_BATCH = 64  # images of a backward pass at once
 Method = tuple[list[Head], list[Tensor]]  # heads, and the predictions [m] of each
 
 
-def lowshot(setting: Setting, candidate: Candidate) -> list[Measurement]:
+def few_labels(setting: Setting, field: str) -> Classes:
+    """Classes that have as many images as the subsets take."""
+    classes = any_classes(setting, field)
+    subsets(setting, field, classes)
+    return classes
+
+
+def lowshot(setting: Setting, candidate: Candidate, classes: dict[str, Classes]) -> Iterator[Measurement]:
     """A measurement for each label and each number of images a class."""
-    return [
-        measurement
-        for field in class_fields(setting)
-        for subset in subsets(setting, field)
-        for measurement in _measure(setting, candidate, field, subset)
-    ]
+    for field, of_label in classes.items():
+        for subset, draws in subsets(setting, field, of_label).items():
+            yield from _measure(setting, candidate, f"{field}/{subset}", of_label, draws)
 
 
-def _measure(setting: Setting, candidate: Candidate, field: str, subset: Subset) -> list[Measurement]:
-    began, classes, name = time.monotonic(), any_classes(setting, field), f"{field}/{subset.name}"
-    used = functools.reduce(np.union1d, subset.draws)  # only these are encoded: of ImageNet's 1 %, not the 99 others
+def _measure(
+    setting: Setting, candidate: Candidate, name: str, classes: Classes, subset: list[np.ndarray]
+) -> Iterator[Measurement]:
+    began, options = time.monotonic(), setting.options
+    used = functools.reduce(np.union1d, subset)  # only these are encoded: of ImageNet's 1 %, not the 99 others
     train, validation = setting.features(candidate, "train", positions=used), setting.features(candidate, "validation")
-    draws: list[list[Method]] = []
-    for number, positions in enumerate(subset.draws):
+    draws: list[dict[str, Method]] = []
+    for number, positions in enumerate(subset):
         rows, labels = train[np.searchsorted(used, positions)], classes.train[positions]
         work = f"lowshot {name}, {candidate}, draw {number}"
-        # Of two heads that reach the same the first is reported: the regression has no number chosen on validation.
-        draws.append(
-            [
-                _logistic(setting, candidate, rows, labels, validation, work),
-                _grid(setting, candidate, rows, labels, validation, work),
-            ]
-        )
-        if setting.options.finetune and candidate.build is not None:
-            seed = setting.seed + number
-            draws[-1].append(_fine_tune(setting, candidate.build(), positions, labels, seed=seed, work=work))
+        draws.append(_frozen(setting, candidate, rows, labels, validation, work))
+        if options.finetune and candidate.build is not None:
+            draws[-1]["finetune"] = _fine_tune(setting, candidate.build(), positions, labels, draw=number, work=work)
     if not setting.process.is_main:
-        return []
-    heads = [head for heads, _ in draws[0] for head in heads]
-    by_draw = [[rows.cpu() for _, predictions in draw for rows in predictions] for draw in draws]
+        return
+    # Of two heads that reach the same the first is reported: the regression has no number chosen on validation.
+    heads = [head | {"method": method} for method, (of_method, _) in draws[0].items() for head in of_method]
+    by_draw = [[rows.cpu() for _, predictions in draw.values() for rows in predictions] for draw in draws]
     predictions = list(map(torch.stack, zip(*by_draw, strict=True)))  # of each head [draws, m]
     measurement = setting.measurement("lowshot", name, classes, heads, predictions, began)
-    methods: dict[str, list[Head]] = {}
-    for head in measurement.grid:
-        methods.setdefault(head["method"], []).append(head)
-    recipe = dataclasses.asdict(_recipe(setting)) | {"batch": _batch(setting, len(subset.draws[0]))}
+    recipe, batch = _course(setting, len(subset[0]))
+    methods = {m: best_of([head for head in measurement.grid if head["method"] == m]) for m in draws[0]}
     extra = {
-        "images": [len(draw) for draw in subset.draws],
-        "images_of_each_class": None if subset.name == "list" else int(subset.name),
-        "split_list": setting.options.split_list,
+        "images": [len(positions) for positions in subset],
+        "images_of_each_class": None if options.split_list else len(subset[0]) // classes.num_classes,
+        "split_list": options.split_list,
         "draws": len(draws),
         "best_method": best_of(measurement.grid)["method"],
-        "methods": {method: best_of(grid) for method, grid in methods.items()},
-        "finetuning": recipe if "finetune" in methods else None,
+        "methods": methods,
+        "finetuning": dataclasses.asdict(recipe) | {"batch": batch} if "finetune" in methods else None,
     }
-    return [dataclasses.replace(measurement, train_images=len(subset.draws[0]), extra=measurement.extra | extra)]
+    yield dataclasses.replace(measurement, train_images=len(subset[0]), extra=measurement.extra | extra)
 
 
-def _logistic(
+def _frozen(
     setting: Setting, candidate: Candidate, rows: Tensor, labels: Tensor, validation: Tensor, work: str
-) -> Method:
-    """Logistic regression on each view, its strength by cross-validation within the draw; on the main process.
+) -> dict[str, Method]:
+    """Logistic regression, on the main process, and the linear protocol's heads, both on features made once.
 
-    Held out once, 15 % would be 2 of 13 images a class, a choice by luck.
+    The regression's strength is chosen by cross-validation: held out once, 15 % would be 2 of 13 images a class, a
+    choice by luck.
     """
-    labels = labels.to(setting.process.device)
-    heads: list[Head] = []
-    predictions: list[Tensor] = []
-    progress = setting.progress(f"{work}, logistic regression", len(candidate.views), "fits")
-    for view, columns in candidate.views.items() if setting.process.is_main else ():
-        space = standardise(rows[:, columns].to(labels.device))
-        tick = functools.partial(progress.show, len(heads))
-        fit = logistic_regression(space, labels, held_out=folds(labels), tick=tick)
-        heads.append({"features": view, "method": "logistic", "l2": fit.l2})
-        predictions.append(fit.logits(space.apply(validation[:, columns].to(labels.device))).argmax(dim=1))
-    progress.end(len(heads))
-    return heads, predictions
-
-
-def _grid(
-    setting: Setting, candidate: Candidate, rows: Tensor, labels: Tensor, validation: Tensor, work: str
-) -> Method:
-    """The linear protocol's heads on features made once."""
+    fits = logistic_heads(setting, candidate, rows, validation, {work: labels}, held_out=folds, work=work)
     recipe = setting.adapt(LINEAR, len(labels))
     inputs = setting.cached(rows, labels, recipe.batch)
     progress = setting.progress(f"{work}, grid", recipe.epochs * inputs.steps * inputs.batch)
     heads, predictions, _ = train_heads(inputs, validation, candidate.views, recipe, progress)
-    return [{"features": head["features"], "method": "grid"} | head for head in heads], predictions
+    return {"logistic": fits[work], "grid": (heads, predictions)}
 
 
 def _fine_tune(
-    setting: Setting, encoder: VisionTransformer, positions: np.ndarray, labels: Tensor, *, seed: int, work: str
+    setting: Setting, encoder: VisionTransformer, positions: np.ndarray, labels: Tensor, *, draw: int, work: str
 ) -> Method:
     """The whole encoder, trained on augmented images."""
-    prepare, recipe, samples = setting.normalize(), _recipe(setting), setting.data.samples["validation"]
-    inputs = setting.augmented(labels, _batch(setting, len(labels)), prepare, positions=positions, seed=seed)
+    prepare = input_of_encoder(setting.config, setting.process.device, torch.float32)
+    (recipe, batch), samples = _course(setting, len(labels)), setting.data.samples["validation"]
+    inputs = setting.augmented(labels, batch, prepare, positions=positions, draw=draw)
     loader = setting.data.loader("validation", crop_share=setting.share())
     crops = central_crops(loader, samples, prepare, setting.process)
     progress = setting.progress(f"{work}, fine-tuning", recipe.epochs * inputs.steps * inputs.batch)
-    micro_batch = min(MICRO_BATCH, setting.options.micro_batch)
-    predictions = fine_tune(encoder, inputs, crops, recipe, progress, micro_batch=micro_batch)
-    return [{"features": FINETUNED, "method": "finetune"}], [predictions]
+    return [{"features": FINETUNED}], [fine_tune(encoder, inputs, crops, recipe, progress)]
 
 
-def _recipe(setting: Setting) -> FineTuneRecipe:
+def _course(setting: Setting, num_images: int) -> tuple[FineTuneRecipe, int]:
+    """The recipe of fine-tuning with the options' numbers, and its batch."""
     recipe, options = FineTuneRecipe(), setting.options
     epochs, lr = options.epochs or recipe.epochs, options.finetune_lr or recipe.lr
-    warmup = recipe.warmup_epochs * epochs / recipe.epochs
-    return dataclasses.replace(recipe, epochs=epochs, warmup_epochs=warmup, lr=lr)
-
-
-def _batch(setting: Setting, num_images: int) -> int:
-    return min(setting.options.batch or FINETUNE_BATCH, num_images)
+    warmup, micro_batch = recipe.warmup_epochs * epochs / recipe.epochs, min(recipe.micro_batch, options.micro_batch)
+    recipe = dataclasses.replace(recipe, epochs=epochs, warmup_epochs=warmup, lr=lr, micro_batch=micro_batch)
+    return recipe, min(options.batch or FINETUNE_BATCH, num_images)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,7 +45,8 @@ def tune(encoder, recipe=QUICK, *, process=ALONE, train=TRAIN, batch=8, micro_ba
     inputs = CachedInputs(*train, batch=batch, seed=seed, process=process)
     validation = [VAL[0][process.rank :: process.world_size]]
     progress = Progress(1, name="fine-tuning", enabled=False)
-    predictions = fine_tune(encoder, inputs, validation, recipe, progress, micro_batch=micro_batch)
+    recipe = dataclasses.replace(recipe, micro_batch=micro_batch)
+    predictions = fine_tune(encoder, inputs, validation, recipe, progress)
     assert predictions.shape == (len(VAL[1]),)
     return predictions
 

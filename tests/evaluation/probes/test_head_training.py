@@ -7,7 +7,7 @@ import torch
 
 from ijepa_ds.distributed import Process
 from ijepa_ds.evaluation.inputs import CachedInputs
-from ijepa_ds.evaluation.probes.head_training import train_heads
+from ijepa_ds.evaluation.probes.heads import train_heads
 from ijepa_ds.evaluation.probes.recipes import Recipe
 from ijepa_ds.progress import Progress
 

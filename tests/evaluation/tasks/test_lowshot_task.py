@@ -15,7 +15,7 @@ from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.command import build_parser, check_options
 from ijepa_ds.evaluation.data import LabelledData
-from ijepa_ds.evaluation.setting import Setting
+from ijepa_ds.evaluation.setting import Setting, any_classes
 from ijepa_ds.evaluation.subsets import subsets
 
 CLASSES = [3, 5, 8]
@@ -41,31 +41,36 @@ def setting_of(path: Path, *options: object) -> Setting:
     return Setting(parsed, config, LabelledData(parsed, config, ALONE), ALONE)
 
 
+def subsets_of(*arguments: object) -> dict[str, list[np.ndarray]]:
+    setting = setting_of(*arguments)
+    return subsets(setting, "label", any_classes(setting, "label"))
+
+
 def test_each_draw_has_so_many_images_of_every_class(beton):
-    two, four = subsets(setting_of(beton, "--per-class", 4, 2, "--draws", 2), "label")
-    assert (two.name, four.name) == ("2", "4") and len(two.draws) == len(four.draws) == 2
-    for subset, per_class in ((two, 2), (four, 4)):
-        for draw in subset.draws:
+    chosen = subsets_of(beton, "--per-class", 4, 2, "--draws", 2)
+    assert list(chosen) == ["2", "4"] and len(chosen["2"]) == len(chosen["4"]) == 2
+    for name, per_class in (("2", 2), ("4", 4)):
+        for draw in chosen[name]:
             assert np.bincount(draw % 3).tolist() == [per_class] * 3
-    assert not np.array_equal(two.draws[0], two.draws[1]) and set(two.draws[0]) < set(four.draws[0])
-    assert [len(subset.draws) for subset in subsets(setting_of(beton, "--per-class", 1), "label")] == [3]
+    assert not np.array_equal(*chosen["2"]) and set(chosen["2"][0]) < set(chosen["4"][0])
+    assert [len(draws) for draws in subsets_of(beton, "--per-class", 1).values()] == [3]
 
 
 def test_a_split_list_names_the_images_of_the_only_draw(beton, tmp_path):
     names = tmp_path / "list.txt"
     names.write_text("5.png\nfolder/0.png\n7.png\n")
-    (subset,) = subsets(setting_of(beton, "--split-list", names), "label")
-    assert subset.name == "list" and [draw.tolist() for draw in subset.draws] == [[0, 5, 7]]
+    (chosen,) = subsets_of(beton, "--split-list", names).items()
+    assert chosen[0] == "list" and [draw.tolist() for draw in chosen[1]] == [[0, 5, 7]]
     names.write_text("0.png\n1.png\n")
     with pytest.raises(UserError, match="class 8 of 'label' has 0 training images, fewer than the 1 that each"):
-        subsets(setting_of(beton, "--split-list", names), "label")
+        subsets_of(beton, "--split-list", names)
     with pytest.raises(UserError, match="leave out --train-images"):
-        subsets(setting_of(beton, "--split-list", names, "--train-images", 9), "label")
+        subsets_of(beton, "--split-list", names, "--train-images", 9)
 
 
 def test_a_class_with_too_few_images_is_named(beton):
     with pytest.raises(UserError, match="class 8 of 'label' has 7 training images, fewer than --per-class 8"):
-        subsets(setting_of(beton, "--per-class", 1, 8), "label")
+        subsets_of(beton, "--per-class", 1, 8)
 
 
 @pytest.mark.parametrize(
