@@ -51,7 +51,7 @@ class Section:
 
 # In the order of what is most worth knowing. Together they may ask for more than there is: the last ones then wait.
 SECTIONS = [
-    Section("device", "gpu_speed", "device", 25),
+    Section("device", "gpu_speed", "device", 45),
     Section("correctness", "gpu_checks", "correctness", 50),
     Section("host_reads", "gpu_checks", "host_reads", 60),
     Section("vits16", "gpu_speed", "model", 90, "vits16_single_gpu"),
@@ -98,11 +98,10 @@ def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     statuses: dict[str, dict[str, Any]] = {}
     result: dict[str, Any] = {}
     for worker in workers_of(options, folder):
-        section, left = worker.section, 60 * options.minutes - (time.monotonic() - began)
-        statuses[section.name] = worker.run(left)
-        findings += load_findings(folder / f"{section.name}.json")
-        if (status := statuses[section.name]["status"]) != DONE:
-            findings.append(Finding(section.name, "the section", status, DONE, _verdict(status)))
+        ended = statuses[worker.name] = worker.run(60 * options.minutes - (time.monotonic() - began))
+        findings += load_findings(folder / f"{worker.name}.json")
+        if ended["status"] != DONE:
+            findings.append(Finding(worker.name, "the section", ended["status"], DONE, _verdict(ended["status"])))
         found = {"sections": statuses, "findings": [asdict(finding) for finding in findings]}
         result = measure.record(found, compared=__doc__, device=options.device)
         measure.save(result, options.json)
@@ -116,15 +115,27 @@ def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def workers_of(options: argparse.Namespace, folder: Path) -> Iterator[Worker]:
     """The sections' processes; the next one's imports, as long as some sections, go on beside each."""
     chosen = [section for section in SECTIONS if section.name in options.sections]
-    workers = [Worker(chosen[0], options, folder)]
+    workers = [start(chosen[0], options, folder)]
     try:
         for section in chosen[1:]:
-            workers.append(Worker(section, options, folder))
+            workers.append(start(section, options, folder))
             yield workers[-2]
         yield workers[-1]
     finally:
         for worker in workers[-2:]:
             worker.end()
+
+
+def start(section: Section, options: argparse.Namespace, folder: Path) -> Worker:
+    """The process of a section."""
+    command = [sys.executable, __file__, "--run", section.name, "--folder", str(folder)]
+    command += ["--device", str(options.device), *(["--tiny"] if options.tiny else [])]
+    command += ["--images", str(options.images)] if options.images else []
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ, "PYTHONUNBUFFERED": "1"}
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled"))
+    if options.device.type == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return Worker(section.name, section.seconds * (TINY_PATIENCE if options.tiny else 1), command, environment)
 
 
 def _verdict(status: str) -> bool | None:
@@ -133,18 +144,10 @@ def _verdict(status: str) -> bool | None:
 
 
 class Worker:
-    """The process of a section, which imports what it needs and then waits for its turn."""
+    """The process of a section, which imports what it needs and then waits for its turn: a line on its input."""
 
-    def __init__(self, section: Section, options: argparse.Namespace, folder: Path) -> None:
-        self.section, self.ended = section, False
-        self.share = section.seconds * (TINY_PATIENCE if options.tiny else 1)
-        command = [sys.executable, __file__, "--run", section.name, "--folder", str(folder)]
-        command += ["--device", str(options.device), *(["--tiny"] if options.tiny else [])]
-        command += ["--images", str(options.images)] if options.images else []
-        environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ, "PYTHONUNBUFFERED": "1"}
-        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled"))
-        if options.device.type == "cpu":
-            environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    def __init__(self, name: str, seconds: float, command: list[str], environment: dict[str, str]) -> None:
+        self.name, self.share, self.ended = name, seconds, False
         # A session of its own, so that what it starts can be ended with it.
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, text=True, start_new_session=True
@@ -156,7 +159,7 @@ class Worker:
         try:
             if seconds < LEAST:
                 return {"status": SKIPPED, "seconds": 0.0}
-            print(f"\n=== {self.section.name}, at most {seconds:.0f} s", flush=True)
+            print(f"\n=== {self.name}, at most {seconds:.0f} s", flush=True)
             status = self._wait(seconds)
         finally:
             self.end()

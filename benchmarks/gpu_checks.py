@@ -28,6 +28,7 @@ from ijepa_ds.engine.checkpoint import load, save
 from ijepa_ds.engine.plain import Plain
 from ijepa_ds.engine.trainable import ShardedTrainable, State
 from ijepa_ds.engine.zero import init_distributed
+from ijepa_ds.hardware import set_numerics
 from ijepa_ds.method.ijepa import normalize_images
 from ijepa_ds.method.schedules import Hyperparameters
 from ijepa_ds.train import build_trainable
@@ -70,7 +71,9 @@ def against_the_cpu(context: Context) -> None:
 
 def loss_and_gradient(config: Config, device: torch.device) -> tuple[float, dict[str, Tensor]]:
     """Of plain torch in fp32, gradients by name on the CPU."""
-    trainable, gradients = plain_of(config, device), {}
+    set_numerics(low_precision=False, deterministic=False)  # no TF32
+    trainable = plain_of(config, device)
+    gradients: dict[str, Tensor] = {}
 
     def keep(found: dict[str, Tensor]) -> None:
         gradients.update({name: values.cpu().clone() for name, values in found.items()})
