@@ -23,6 +23,7 @@ from ijepa_ds.build import (
     build_target,
     check_batch,
     encoder_dimensions,
+    is_compiled,
     schedules_of,
     working_dtype,
 )
@@ -33,13 +34,14 @@ from ijepa_ds.distributed import Process, from_main, leave_to_main_process, on_a
 from ijepa_ds.engine.checkpoint import load
 from ijepa_ds.engine.checkpoint_files import checkpoint_step
 from ijepa_ds.engine.trainable import Outcome, Trainable
+from ijepa_ds.engine.warm_up import Shapes, compile_and_warm_up, warm_up
 from ijepa_ds.engine.zero import Zero, init_distributed
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.online import OnlineProbe
 from ijepa_ds.exchange.export import export_timm
 from ijepa_ds.hardware import bf16_warning
 from ijepa_ds.method.ijepa import normalize_images
-from ijepa_ds.method.masks import MaskSampler
+from ijepa_ds.method.masks import MaskSampler, ReferenceSampler
 from ijepa_ds.method.schedules import Hyperparameters
 from ijepa_ds.run.folder import RunFolder
 from ijepa_ds.run.losses import LossSum
@@ -91,6 +93,7 @@ def train(config: Config, dataset: Dataset, sampler: MaskSampler) -> None:
     process = init_distributed()
     check_batch(config, process)
     trainable = build_trainable(config, process)
+    try_shapes(config, sampler, trainable, process)
     loader = build_loader(config, dataset, sampler, trainable)
     schedules = schedules_of(config, loader.steps_per_epoch)
     with Run(config, process, trainable, loader) as run:
@@ -104,7 +107,24 @@ def train(config: Config, dataset: Dataset, sampler: MaskSampler) -> None:
         run.finish(step)
 
 
-def build_trainable(config: Config, process: Process) -> Trainable:
+def try_shapes(config: Config, sampler: MaskSampler, trainable: Zero, process: Process) -> None:
+    """Compile for every shape of micro-batch, or on a GPU at least try the largest, before the first step."""
+    if isinstance(sampler, ReferenceSampler):
+        return  # its contexts have as many lengths as there are patches
+    shapes = Shapes(
+        num_images=config.micro_batch,
+        image_size=config.ijepa.data.image_size,
+        context_tokens=sampler.context_tokens,
+        num_targets=sampler.num_targets,
+        target_tokens=sampler.target_token_counts(),
+    )
+    if is_compiled(config, process.device):
+        compile_and_warm_up(trainable, shapes, process)
+    elif process.device.type == "cuda":
+        warm_up(trainable, dataclasses.replace(shapes, target_tokens=shapes.target_tokens[:1]), process)
+
+
+def build_trainable(config: Config, process: Process) -> Zero:
     """The engine that ``config`` asks for: the one place that knows."""
     data, optimization = config.ijepa.data, config.ijepa.optimization
     mean, std = (torch.tensor(values, device=process.device) for values in (data.mean, data.std))

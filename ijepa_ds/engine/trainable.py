@@ -117,6 +117,17 @@ class ShardedTrainable:
         """See :class:`Trainable`."""
         return self.target_encoder.features(self.to_input(images))
 
+    def rehearse(self, batch: Batch) -> None:
+        """The forward and backward passes of a micro-batch, of which nothing remains: no gradient is kept or reduced.
+
+        By ``forward`` and not by a call, at which DeepSpeed's hooks would see a step begin.
+        """
+        images = self.to_input(batch.images)
+        targets = self.target_encoder(images, batch.target_blocks)
+        with self.target_encoder.autocast():
+            loss = self.module.forward(images, batch.context_block, batch.target_blocks, targets)
+        torch.autograd.grad(loss, [parameter for parameter in self.module.parameters() if parameter.requires_grad])
+
     def state(self) -> State:
         """See :class:`Trainable`."""
         adam = [(shard, self._adam_state(shard)) for shard in self.shards]
