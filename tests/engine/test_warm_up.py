@@ -20,7 +20,7 @@ from distributed_runs import (
 )
 
 from ijepa_ds.build import build_sampler, is_compiled
-from ijepa_ds.config import parse_config
+from ijepa_ds.config import Config, parse_config
 from ijepa_ds.engine import warm_up as module
 from ijepa_ds.engine.warm_up import Shapes, compile_and_warm_up, warm_up
 from ijepa_ds.errors import UserError
@@ -170,6 +170,11 @@ def test_without_a_cache_folder_torchs_own_is_used(environment, tmp_path):
 # --------------------------------------------------------------------------------------------------- the setting
 
 
+def config_with(setting: bool | None, sampler: str) -> Config:
+    masks = {"sampler": sampler, "truncation_group": 16}
+    return parse_config(tiny_config(ijepa__compile=setting, ijepa__masks=masks))
+
+
 @pytest.mark.parametrize(
     ("setting", "sampler", "device", "compiled"),
     [
@@ -181,10 +186,9 @@ def test_without_a_cache_folder_torchs_own_is_used(environment, tmp_path):
     ],
 )
 def test_gpus_compile_where_the_setting_says_nothing(setting, sampler, device, compiled):
-    config = parse_config(tiny_config(ijepa__compile=setting, ijepa__masks__sampler=sampler))
-    assert is_compiled(config, torch.device(device)) is compiled
+    assert is_compiled(config_with(setting, sampler), torch.device(device)) is compiled
 
 
 def test_contexts_of_many_lengths_are_not_compiled():
-    with pytest.raises(UserError, match="ijepa.compile = true needs context blocks of one length"):
-        build_sampler(parse_config(tiny_config(ijepa__compile=True, ijepa__masks__sampler="reference")))
+    with pytest.raises(UserError, match=r"ijepa\.compile = true needs context blocks of one length"):
+        build_sampler(config_with(True, "reference"))
