@@ -117,7 +117,7 @@ def order_of_a_step() -> dict[str, Any]:
         return gather(output, *arguments, **keywords)
 
     dist.all_gather_into_tensor = recorded
-    trainable.target_encoder.encoder.register_forward_pre_hook(lambda *_: events.append("target"))
+    trainable.target_encoder.encoder.patch_embed.register_forward_pre_hook(lambda *_: events.append("target"))
 
     def context(module: torch.nn.Module, arguments: Any) -> None:
         events.append("context")
@@ -159,7 +159,9 @@ def losses_at_once() -> list[tuple[list[float], int]]:
         parts = build_parts(tiny_config(bf16={}, train_micro_batch_size_per_gpu=4))
         parts.trainable.batches_at_once = at_once
         calls: list[int] = []
-        parts.trainable.target_encoder.encoder.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        parts.trainable.target_encoder.encoder.patch_embed.register_forward_pre_hook(
+            lambda *_, calls=calls: calls.append(1)
+        )
         results.append((train_steps(parts, range(3)), len(calls) // 3))
     return results
 
