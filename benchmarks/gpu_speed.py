@@ -152,40 +152,40 @@ def measure_memory(
 
 
 def compare_steps(context: Context, config: Config, trainable: Trainable, name: str) -> None:
-    """Ours and the method written plainly in turns, on one batch; a batch that does not fit is halved."""
-    images = config.micro_batch
+    """Ours eager and compiled in turns; then the faster one and the method written plainly, if that fits beside it."""
+    batch = workload.batch_of(config, step=mean_step(config), device=context.device)
+    timing = {"rounds": context.size(5, 1), "times": context.size(2, 1), "device": context.device}
+    sides = {side: step_of(side, trainable, batch) for side in ours(context)}
+    seconds = measure.in_turns(sides, **timing)
+    for side, taken in seconds.items():
+        report_step(context, config, batch, f"{name}, {side}", taken)
+    if COMPILED in sides:
+        context.found(f"{name}: eager over compiled", measure.ratio(seconds, OURS, COMPILED), "> 1")
+    fastest, images = ours(context)[-1], config.micro_batch
+    plain = plain_step(config, context.device)
     while True:
         batch = workload.batch_of(config, step=mean_step(config), device=context.device, size=images)
+        sides = {fastest: step_of(fastest, trainable, batch), PLAIN: functools.partial(plain, batch)}
         try:
-            steps = {side: step_of(side, trainable, batch) for side in ours(context)}
-            steps[PLAIN] = plain_step(config, batch, context.device)
-            losses = {side: float(step()) for side, step in steps.items()}
-            rounds = context.size(5, 1)
-            seconds = measure.in_turns(steps, rounds=rounds, device=context.device, times=context.size(4, 1))
+            seconds = measure.in_turns(sides, **timing)
             break
         except torch.OutOfMemoryError:
             context.found(f"{name}: {images} images with the plain method beside ours", "out of memory")
             images //= 2
             torch.cuda.empty_cache()
-    report_steps(context, config, batch, name, seconds)
-    context.found(f"{name}: first losses", str({k: round(v, 4) for k, v in losses.items()}))
+    report_step(context, config, batch, f"{name}, {PLAIN}", seconds[PLAIN])
+    context.found(f"{name}: plain over '{fastest}'", measure.ratio(seconds, PLAIN, fastest), "> 1")
 
 
-def report_steps(context: Context, config: Config, batch: MadeUpBatch, name: str, seconds: measure.Seconds) -> None:
-    """Time, rate and share of the peak of each side, and the ratios between them."""
+def report_step(context: Context, config: Config, batch: MadeUpBatch, what: str, seconds: list[float]) -> None:
+    """Time, rate and share of the peak of a side."""
     blocks, images, tokens = batch.target_blocks.shape
-    kept = batch.context_block.shape[1]
+    kept, median = batch.context_block.shape[1], statistics.median(seconds)
     flops = images * shapes_of(config).flops(context_tokens=kept, target_tokens=tokens, num_targets=blocks).total
     best = peak_flops(context.device, computing_dtype(config))
-    for side, taken in seconds.items():
-        median = statistics.median(taken)
-        context.found(f"{name}, {side}: ms a step of {images} images, T = {tokens}", 1e3 * median)
-        context.found(f"{name}, {side}: images/s", images / median)
-        context.found(f"{name}, {side}: share of the measured peak", flops / median / best)
-    fastest = ours(context)[-1]
-    context.found(f"{name}: plain over '{fastest}'", measure.ratio(seconds, PLAIN, fastest), "> 1")
-    if fastest == COMPILED:
-        context.found(f"{name}: eager over compiled", measure.ratio(seconds, OURS, COMPILED), "> 1")
+    context.found(f"{what}: ms a step of {images} images, T = {tokens}", 1e3 * median)
+    context.found(f"{what}: images/s", images / median)
+    context.found(f"{what}: share of the measured peak", flops / median / best)
 
 
 def mean_step(config: Config) -> int:
@@ -206,7 +206,7 @@ def step_of(side: str, trainable: Trainable, batch: MadeUpBatch) -> Callable[[],
     return step
 
 
-def plain_step(config: Config, batch: MadeUpBatch, device: torch.device) -> Callable[[], Tensor]:
+def plain_step(config: Config, device: torch.device) -> Callable[[MadeUpBatch], Tensor]:
     """A step of the method written plainly, from the same weights and pixels, in bf16 with fp32 masters."""
     weights, sizes, model = build_ijepa(config), encoder_dimensions(config), config.ijepa.model
     heads = {"depth": sizes.depth, "heads": sizes.heads}
@@ -220,7 +220,7 @@ def plain_step(config: Config, batch: MadeUpBatch, device: torch.device) -> Call
     trainer = plain_ijepa.HalfPrecisionTrainer(encoder.to(device), predictor.to(device), **adam, **now)
     mean, std = (torch.tensor(values, device=device) for values in (config.ijepa.data.mean, config.ijepa.data.std))
     to_input = functools.partial(normalize_images, mean=mean, std=std, dtype=torch.bfloat16)
-    return lambda: trainer.step(to_input(batch.images), batch.context_block, batch.target_blocks)
+    return lambda batch: trainer.step(to_input(batch.images), batch.context_block, batch.target_blocks)
 
 
 def compare_with_deepspeed_waits(
