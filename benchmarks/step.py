@@ -1,12 +1,16 @@
 """One optimizer step of ours, as ``python run.py`` takes it, against the method written plainly (plain_ijepa.py).
 
-    python benchmarks/step.py --json benchmarks/results/2026-11-25_step_cpu.json       # a CPU, some ten minutes
+    python benchmarks/step.py --json step.json --png step.png     # a CPU, some twenty minutes
     python benchmarks/step.py --model small224 --threads 2 --precision bf16 --rounds 5
 
 Same weights, images and masks; batches lie ready in memory, and their pixels are normalised within the step. All sides
-are timed in turns in one process; a ratio is the median over the rounds, with quartiles. Both are told the same of
+are timed in turns in one process; a ratio is the median over the rounds, with quartiles. Both have the same number of
 threads. In bf16, ours has bf16 weights and fp32 masters; the plain method is timed both under autocast and with bf16
 weights and fp32 masters, and the ratio is to the faster of them.
+
+Ours keeps freed memory (ijepa_ds/allocator.py); a plainly written script does not, so the plain method is timed with
+glibc's thresholds as they come to stand in a long run, and once more, for comparison, with ours. Before each timed step
+of a side comes one that is not timed, so that it finds the memory as it would leave it itself.
 
 share of peak: the operations of the method as it is written (nothing left out), for both sides, per second of the step,
 over those of a product of two square matrices in that precision on as many threads.
@@ -36,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ijepa_ds.allocator import keep_freed_memory, set_thresholds
 from ijepa_ds.build import build_ijepa, build_sampler, build_target, encoder_dimensions
 from ijepa_ds.config import Config, load_config
 from ijepa_ds.engine.plain import Plain
@@ -50,6 +55,8 @@ from ijepa_ds.train import build_trainable
 
 CPU = torch.device("cpu")
 NOW = Hyperparameters(lr=1e-4, weight_decay=0.05, momentum=0.99)
+PLAIN, AUTOCAST = "plain", "plain, autocast"
+KEEPING = ", freed memory kept"  # ends the name of a plain side whose allocator is set as ours
 SAME_LOSS = {"fp32": 1e-4, "bf16": 2e-2}  # relative
 STEP = 1  # whose masks are taken: their number of target patches is near the mean
 # A file of ds_configs/, images of a batch, and what is set.
@@ -107,7 +114,9 @@ def made_up_batch(config: Config) -> Batch:
     )
 
 
-def plain_trainer(config: Config, kind: type[plain_ijepa.PlainTrainer], **more: Any) -> plain_ijepa.PlainTrainer:
+def plain_trainer(
+    config: Config, kind: type[plain_ijepa.PlainTrainer] = plain_ijepa.PlainTrainer, **more: Any
+) -> plain_ijepa.PlainTrainer:
     """The baseline with the initial weights of ours."""
     ours, dimensions, model = build_ijepa(config), encoder_dimensions(config), config.ijepa.model
     size = {"width": dimensions.width, "depth": dimensions.depth, "heads": dimensions.heads}
@@ -117,9 +126,19 @@ def plain_trainer(config: Config, kind: type[plain_ijepa.PlainTrainer], **more: 
     predictor = plain_ijepa.Predictor(config.grid, dimensions.width, **narrow)
     encoder.load_state_dict(ours.context_encoder.state_dict())
     predictor.load_state_dict(ours.predictor.state_dict())
+    return kind(encoder, predictor, **settings_of(config), **more)
+
+
+def our_networks_plainly(config: Config, kind: type[plain_ijepa.PlainTrainer]) -> plain_ijepa.PlainTrainer:
+    """Our networks in the baseline's step: its target encoder computes everything, its update one tensor at a time."""
+    ours = build_ijepa(config)
+    return kind(ours.context_encoder, ours.predictor, **settings_of(config))
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What a plain trainer is told of AdamW and the average."""
     adam = {"betas": config.ijepa.optimization.betas, "eps": config.ijepa.optimization.eps}
-    now = {"lr": NOW.lr, "weight_decay": NOW.weight_decay, "momentum": NOW.momentum}
-    return kind(encoder, predictor, **adam, **now, **more)
+    return {"lr": NOW.lr, "weight_decay": NOW.weight_decay, "momentum": NOW.momentum, **adam}
 
 
 def plain_step(config: Config, batch: Batch, trainer: plain_ijepa.PlainTrainer) -> Callable[[], Tensor]:
@@ -145,16 +164,25 @@ def without_deepspeed(config: Config) -> Plain:
 
 
 def sides_of(config: Config, precision: str) -> dict[str, Callable[[], Any]]:
-    """Who is timed: what makes each, by name."""
-    sides: dict[str, Callable[[], Any]] = {"ours": lambda: build_trainable(config, init_distributed())}
-    if precision == "fp32":
+    """Who is timed: what makes each, by name. From the plain method to the product, by what is added."""
+    in_bf16 = precision == "bf16"
+    kind = plain_ijepa.HalfPrecisionTrainer if in_bf16 else plain_ijepa.PlainTrainer
+    plain = functools.partial(plain_trainer, config, kind)
+    sides: dict[str, Callable[[], Any]] = {PLAIN: plain, f"{PLAIN}{KEEPING}": plain}
+    if in_bf16:
+        sides = {AUTOCAST: functools.partial(plain_trainer, config, autocast=torch.bfloat16), **sides}
+    sides["our networks, plain step"] = lambda: our_networks_plainly(config, kind)
+    if not in_bf16:
         sides["ours without DeepSpeed"] = lambda: without_deepspeed(config)
-        sides["plain"] = lambda: plain_trainer(config, plain_ijepa.PlainTrainer)
+    return {**sides, "ours": lambda: build_trainable(config, init_distributed())}
+
+
+def allocate_as(side: str) -> None:
+    """Set the allocator as a side has it."""
+    if side in (PLAIN, AUTOCAST):  # glibc raises its thresholds, up to these, as large allocations are freed
+        set_thresholds(trim=64 * 2**20, mmap=32 * 2**20)
     else:
-        autocast = {"autocast": torch.bfloat16}
-        sides["plain, autocast"] = lambda: plain_trainer(config, plain_ijepa.PlainTrainer, **autocast)
-        sides["plain, fp32 masters"] = lambda: plain_trainer(config, plain_ijepa.HalfPrecisionTrainer)
-    return sides
+        keep_freed_memory()
 
 
 def step_of(config: Config, batch: Batch, side: Any) -> Callable[[], Tensor]:
@@ -177,9 +205,10 @@ def compare(model: str, precision: str, threads: int, rounds: int) -> dict[str, 
     losses = {name: float(step()) for name, step in steps.items()}
     least, most = min(losses.values()), max(losses.values())
     assert most - least < SAME_LOSS[precision] * most, losses  # the same weights, images and masks
-    seconds = measure.in_turns(steps, rounds=rounds, device=CPU)
+    seconds = in_turns(steps, rounds)
     peak, flops = product_rate(precision), written_flops(config, batch)
-    plain = min((name for name in sides if name.startswith("plain")), key=lambda name: statistics.median(seconds[name]))
+    baselines = [name for name in (PLAIN, AUTOCAST) if name in sides]
+    plain = min(baselines, key=lambda name: statistics.median(seconds[name]))
     return {
         "model": model,
         "precision": precision,
@@ -203,6 +232,17 @@ def compare(model: str, precision: str, threads: int, rounds: int) -> dict[str, 
             for name, step in steps.items()
         },
     }
+
+
+def in_turns(steps: dict[str, ClockedStep], rounds: int) -> measure.Seconds:
+    """Seconds of each side's step in each round."""
+    seconds: measure.Seconds = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            allocate_as(name)
+            step()
+            seconds[name].append(measure.seconds_of(step, CPU))
+    return seconds
 
 
 def spread(values: Iterator[float]) -> dict[str, float]:
@@ -250,8 +290,8 @@ class ClockedStep:
         return loss
 
     def parts(self, rounds: int) -> dict[str, float]:
-        """Median milliseconds of the parts in the last ``rounds`` steps; "rest" is what no part holds."""
-        last = self.spent[-rounds:]
+        """Median milliseconds of the parts in the timed steps; "rest" is what no part holds."""
+        last = self.spent[-2 * rounds :][1::2]
         return {part: 1000 * statistics.median(spent[part] for spent in last) for part in (*self.calls, "rest")}
 
 
@@ -332,6 +372,7 @@ def alone(model: str, precision: str, threads: int, side: str) -> float:
     config = configuration(model, precision)
     batch = made_up_batch(config)
     step = step_of(config, batch, sides_of(config, precision)[side]())
+    allocate_as(side)
     torch.set_num_threads(threads)
     for _ in range(3):
         step()
@@ -367,6 +408,31 @@ def show(result: dict[str, Any]) -> str:
     return "\n\n".join([headline, *tables])
 
 
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Milliseconds of a step from the plain method to the product, a panel for each comparison."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(2, len(results))
+    rows = -(-len(results) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(7 * columns, 2.2 * rows), squeeze=False, layout="constrained")
+    for panel, result in zip(panels.flat, results, strict=False):
+        names = list(result["sides"])
+        middles = [result["sides"][name]["ms"]["median"] for name in names]
+        bars = panel.barh(names, middles, color=["tab:blue" if name == "ours" else "tab:gray" for name in names])
+        panel.bar_label(bars, fmt="%.0f", padding=3)
+        panel.invert_yaxis()
+        panel.margins(x=0.12)
+        title = f"{result['model']}, {result['precision']}, {result['threads']} threads"
+        panel.set_title(f"{title}: {result['ratio']['median']:.2f} x", fontsize=10)
+        panel.set_xlabel("ms a step")
+    for panel in panels.flat[len(results) :]:
+        panel.remove()
+    figure.savefig(path, dpi=100)
+
+
 def main() -> None:
     """Compare as the command line says, print tables, write JSON."""
     parser = measure.parser(__doc__)
@@ -374,6 +440,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], help="default: bf16 where it is fast")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the sides' times there")
     parser.add_argument("--alone", metavar="SIDE", help="print the memory, MB, that one side takes, and nothing else")
     options = parser.parse_args()
     precisions = options.precision or ["fp32", *(["bf16"] if has_fast_bf16(CPU) else [])]
@@ -386,6 +453,8 @@ def main() -> None:
         results.append(compare(*case, options.rounds))
         print(show(results[-1]), end="\n\n", flush=True)
     measure.save(measure.record(results, compared=__doc__, device=CPU), options.json)
+    if options.png:
+        draw(results, options.png)
 
 
 if __name__ == "__main__":

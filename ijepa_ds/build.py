@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ijepa_ds.config import Config
 from ijepa_ds.data.beton import Dataset
@@ -13,7 +16,7 @@ from ijepa_ds.distributed import Process, leave_to_main_process
 from ijepa_ds.errors import UserError
 from ijepa_ds.method.encoder import Dimensions, VisionTransformer, dimensions_of, set_attention
 from ijepa_ds.method.flops import Shapes
-from ijepa_ds.method.ijepa import IJEPA
+from ijepa_ds.method.ijepa import IJEPA, normalize_images
 from ijepa_ds.method.masks import MaskSampler, MultiblockSampler, ReferenceSampler, default_context_tokens
 from ijepa_ds.method.predictor import Predictor
 from ijepa_ds.method.schedules import Schedules, build_schedules
@@ -102,6 +105,12 @@ def build_target(config: Config) -> VisionTransformer:
         for block in encoder.blocks:
             block.compile()
     return encoder
+
+
+def input_of_encoder(config: Config, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Make the function from uint8 images on the device [B, H, W, 3] to the encoder's input [B, 3, H, W]."""
+    mean, std = (torch.tensor(values, device=device) for values in (config.ijepa.data.mean, config.ijepa.data.std))
+    return functools.partial(normalize_images, mean=mean, std=std, dtype=dtype)
 
 
 def build_loader(config: Config, dataset: Dataset, sampler: MaskSampler, reader: Reader) -> PretrainingLoader:

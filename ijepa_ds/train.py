@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import gc
 import json
 import math
@@ -25,6 +24,7 @@ from ijepa_ds.build import (
     check_batch,
     computing_dtype,
     encoder_dimensions,
+    input_of_encoder,
     schedules_of,
     shapes_of,
     working_dtype,
@@ -41,7 +41,6 @@ from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.online import OnlineProbe
 from ijepa_ds.exchange.export import export_timm
 from ijepa_ds.hardware import bf16_warning, peak_flops, set_numerics
-from ijepa_ds.method.ijepa import normalize_images
 from ijepa_ds.method.masks import MaskSampler, default_context_tokens
 from ijepa_ds.method.schedules import Hyperparameters
 from ijepa_ds.run.folder import RunFolder
@@ -111,8 +110,7 @@ def train(config: Config, dataset: Dataset, sampler: MaskSampler) -> None:
 
 def build_trainable(config: Config, process: Process) -> Trainable:
     """The engine that ``config`` asks for: the one place that knows."""
-    data, optimization = config.ijepa.data, config.ijepa.optimization
-    mean, std = (torch.tensor(values, device=process.device) for values in (data.mean, data.std))
+    optimization = config.ijepa.optimization
     return Zero(
         build_ijepa(config),
         build_target(config),
@@ -120,7 +118,7 @@ def build_trainable(config: Config, process: Process) -> Trainable:
         settings=config.deepspeed,
         betas=optimization.betas,
         eps=optimization.eps,
-        to_input=functools.partial(normalize_images, mean=mean, std=std, dtype=working_dtype(config)),
+        to_input=input_of_encoder(config, process.device, working_dtype(config)),
         autocast=autocast_dtype(config),
         batches_at_once=micro_batches_at_once(config, process),
     )

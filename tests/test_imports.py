@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "ijepa_ds"
 
-GROUND = "__init__ errors files progress validation random_streams distributed hardware"
+GROUND = "__init__ errors files progress validation random_streams distributed hardware allocator"
 # A wing (a folder) or a file of the top level -> what it may import beside itself and the ground.
 MAY_IMPORT = {
     "method": "",

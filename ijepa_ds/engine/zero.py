@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ijepa_ds.allocator import keep_freed_memory
 from ijepa_ds.distributed import Process, set_single_process_defaults, share_cpu_threads
 from ijepa_ds.engine.shards import fill
 from ijepa_ds.engine.trainable import Batch, Outcome, ShardedTrainable
@@ -52,7 +53,9 @@ def init_distributed() -> Process:
     share_cpu_threads()
     accelerator = deepspeed.get_accelerator()
     on_cpu, local_rank = accelerator.device_name() == "cpu", int(os.environ.get("LOCAL_RANK", 0))
-    if not on_cpu:
+    if on_cpu:
+        keep_freed_memory()
+    else:
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), local_rank)
