@@ -174,7 +174,7 @@ def test_the_target_encoder_takes_several_micro_batches_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("device", "micro_batch", "at_once"),
-    [("cuda", 16, 1), ("cuda", 8, 2), ("cuda", 2, 8), ("cuda", 1, 9), ("cpu", 2, 1)],
+    [("cuda", 16, 1), ("cuda", 8, 2), ("cuda", 2, 8), ("cuda", 1, 8), ("cpu", 2, 1)],
 )
 def test_it_takes_as_many_as_need_less_memory_than_a_backward_pass(device: str, micro_batch: int, at_once: int) -> None:
     from ijepa_ds.config import parse_config
