@@ -27,7 +27,8 @@ from ijepa_ds.build import build_ijepa, build_loader, build_sampler, computing_d
 from ijepa_ds.config import Config
 from ijepa_ds.data.beton import inspect_dataset
 from ijepa_ds.engine.trainable import Trainable
-from ijepa_ds.engine.zero import init_distributed
+from ijepa_ds.engine.warm_up import Shapes, compile_and_warm_up
+from ijepa_ds.engine.zero import Zero, init_distributed
 from ijepa_ds.hardware import peak_flops
 from ijepa_ds.method.ijepa import normalize_images
 from ijepa_ds.method.schedules import Hyperparameters
@@ -88,27 +89,44 @@ def model(context: Context, name: str) -> None:
     images = context.size(images, 4)
     config_name = "tiny" if context.tiny else name
     sizes = {"train_batch_size": images, "train_micro_batch_size_per_gpu": images, "bf16__enabled": True}
-    config = workload.config_of(config_name, **sizes, ijepa__compile=compiles(context))
+    config = workload.config_of(config_name, **sizes)
     began = time.monotonic()
     trainable = build_trainable(config, init_distributed())
     context.found(f"{name}: seconds to build it", time.monotonic() - began)
-    for side, wanted in zip(ours(context), predicted or (None, None), strict=False):
-        memory = functools.partial(measure_memory, context, config, trainable, f"{name}, {side}", side, wanted)
-        context.attempt(f"{name}, {side}: memory", memory)
-    context.attempt(f"{name}: step times", lambda: compare_steps(context, config, trainable, name))
+    sides = [OURS]
+    for side, wanted in zip((OURS, COMPILED), predicted or (None, None), strict=True):
+        if side == COMPILED:
+            compiling = functools.partial(compile_ours, context, config, trainable, name, sides)
+            context.attempt(f"{name}: compilation", compiling)
+        if side in sides:
+            memory = functools.partial(measure_memory, context, config, trainable, f"{name}, {side}", side, wanted)
+            context.attempt(f"{name}, {side}: memory", memory)
+    context.attempt(f"{name}: step times", lambda: compare_steps(context, config, trainable, name, sides))
     if name == "vits16_single_gpu":
         waits = functools.partial(compare_with_deepspeed_waits, context, config, trainable, config_name, sizes)
         context.attempt(f"{name}: {DEEPSPEED_WAITS}", waits, needs=15)
 
 
-def compiles(context: Context) -> bool:
-    """Compiling for a CPU takes minutes and tells nothing of a GPU."""
-    return context.device.type == "cuda"
-
-
-def ours(context: Context) -> list[str]:
-    """The sides that are the product itself."""
-    return [OURS, COMPILED] if compiles(context) else [OURS]
+def compile_ours(context: Context, config: Config, trainable: Zero, name: str, sides: list[str]) -> None:
+    """Compile for the two shapes that are measured, as a run does for all of its own; adds a side."""
+    sampler = build_sampler(config)
+    mean = sampler.block_sizes(mean_step(config)).target_tokens
+    batch = workload.batch_of(config, step=mean_step(config), device=context.device, size=1)
+    shapes = Shapes(
+        num_images=config.micro_batch,
+        image_size=config.ijepa.data.image_size,
+        context_tokens=batch.context_block.shape[1],
+        num_targets=sampler.num_targets,
+        target_tokens=sorted({sampler.max_target_tokens(), mean}, reverse=True),
+    )
+    # Compiling for a CPU takes minutes and tells nothing of a GPU: the rehearsal traces alone.
+    backend = "inductor" if context.device.type == "cuda" else "eager"
+    began = time.monotonic()
+    compile_and_warm_up(trainable, shapes, init_distributed(), backend=backend)
+    torch.compiler.set_stance("default")
+    told = f"{name}: seconds to compile for T = {', '.join(map(str, shapes.target_tokens))}"
+    context.found(told, time.monotonic() - began)
+    sides.append(COMPILED)
 
 
 @contextmanager
@@ -139,7 +157,7 @@ def measure_memory(
         for _ in range(2):
             trainable.step(iter([batch]), NOW)
     measure.wait(context.device)
-    context.found(f"{what}: seconds of the first two steps, compilation included", time.monotonic() - began)
+    context.found(f"{what}: seconds of the first two steps", time.monotonic() - began)
     if context.device.type != "cuda":
         return
     peak_gb = torch.cuda.max_memory_allocated() / 1e9
@@ -151,41 +169,41 @@ def measure_memory(
     context.found(f"{what}: GB of the device in use", (total - free) / 1e9)
 
 
-def compare_steps(context: Context, config: Config, trainable: Trainable, name: str) -> None:
-    """Ours and the method written plainly in turns, on one batch; a batch that does not fit is halved."""
-    images = config.micro_batch
+def compare_steps(context: Context, config: Config, trainable: Trainable, name: str, ours: list[str]) -> None:
+    """Ours eager and compiled in turns; then the faster one and the method written plainly, if that fits beside it."""
+    batch = workload.batch_of(config, step=mean_step(config), device=context.device)
+    timing = {"rounds": context.size(5, 1), "times": context.size(2, 1), "device": context.device}
+    sides = {side: step_of(side, trainable, batch) for side in ours}
+    seconds = measure.in_turns(sides, **timing)
+    for side, taken in seconds.items():
+        report_step(context, config, batch, f"{name}, {side}", taken)
+    if COMPILED in ours:
+        context.found(f"{name}: eager over compiled", measure.ratio(seconds, OURS, COMPILED), "> 1")
+    fastest, images = ours[-1], config.micro_batch
+    plain = plain_step(config, context.device)
     while True:
         batch = workload.batch_of(config, step=mean_step(config), device=context.device, size=images)
+        sides = {fastest: step_of(fastest, trainable, batch), PLAIN: functools.partial(plain, batch)}
         try:
-            steps = {side: step_of(side, trainable, batch) for side in ours(context)}
-            steps[PLAIN] = plain_step(config, batch, context.device)
-            losses = {side: float(step()) for side, step in steps.items()}
-            rounds = context.size(5, 1)
-            seconds = measure.in_turns(steps, rounds=rounds, device=context.device, times=context.size(4, 1))
+            seconds = measure.in_turns(sides, **timing)
             break
         except torch.OutOfMemoryError:
             context.found(f"{name}: {images} images with the plain method beside ours", "out of memory")
             images //= 2
             torch.cuda.empty_cache()
-    report_steps(context, config, batch, name, seconds)
-    context.found(f"{name}: first losses", str({k: round(v, 4) for k, v in losses.items()}))
+    report_step(context, config, batch, f"{name}, {PLAIN}", seconds[PLAIN])
+    context.found(f"{name}: plain over '{fastest}'", measure.ratio(seconds, PLAIN, fastest), "> 1")
 
 
-def report_steps(context: Context, config: Config, batch: MadeUpBatch, name: str, seconds: measure.Seconds) -> None:
-    """Time, rate and share of the peak of each side, and the ratios between them."""
+def report_step(context: Context, config: Config, batch: MadeUpBatch, what: str, seconds: list[float]) -> None:
+    """Time, rate and share of the peak of a side."""
     blocks, images, tokens = batch.target_blocks.shape
-    kept = batch.context_block.shape[1]
+    kept, median = batch.context_block.shape[1], statistics.median(seconds)
     flops = images * shapes_of(config).flops(context_tokens=kept, target_tokens=tokens, num_targets=blocks).total
     best = peak_flops(context.device, computing_dtype(config))
-    for side, taken in seconds.items():
-        median = statistics.median(taken)
-        context.found(f"{name}, {side}: ms a step of {images} images, T = {tokens}", 1e3 * median)
-        context.found(f"{name}, {side}: images/s", images / median)
-        context.found(f"{name}, {side}: share of the measured peak", flops / median / best)
-    fastest = ours(context)[-1]
-    context.found(f"{name}: plain over '{fastest}'", measure.ratio(seconds, PLAIN, fastest), "> 1")
-    if fastest == COMPILED:
-        context.found(f"{name}: eager over compiled", measure.ratio(seconds, OURS, COMPILED), "> 1")
+    context.found(f"{what}: ms a step of {images} images, T = {tokens}", 1e3 * median)
+    context.found(f"{what}: images/s", images / median)
+    context.found(f"{what}: share of the measured peak", flops / median / best)
 
 
 def mean_step(config: Config) -> int:
@@ -206,7 +224,7 @@ def step_of(side: str, trainable: Trainable, batch: MadeUpBatch) -> Callable[[],
     return step
 
 
-def plain_step(config: Config, batch: MadeUpBatch, device: torch.device) -> Callable[[], Tensor]:
+def plain_step(config: Config, device: torch.device) -> Callable[[MadeUpBatch], Tensor]:
     """A step of the method written plainly, from the same weights and pixels, in bf16 with fp32 masters."""
     weights, sizes, model = build_ijepa(config), encoder_dimensions(config), config.ijepa.model
     heads = {"depth": sizes.depth, "heads": sizes.heads}
@@ -220,7 +238,7 @@ def plain_step(config: Config, batch: MadeUpBatch, device: torch.device) -> Call
     trainer = plain_ijepa.HalfPrecisionTrainer(encoder.to(device), predictor.to(device), **adam, **now)
     mean, std = (torch.tensor(values, device=device) for values in (config.ijepa.data.mean, config.ijepa.data.std))
     to_input = functools.partial(normalize_images, mean=mean, std=std, dtype=torch.bfloat16)
-    return lambda: trainer.step(to_input(batch.images), batch.context_block, batch.target_blocks)
+    return lambda batch: trainer.step(to_input(batch.images), batch.context_block, batch.target_blocks)
 
 
 def compare_with_deepspeed_waits(

@@ -38,6 +38,7 @@ TINY: dict[str, Any] = {
         "optimization": {"epochs": 4, "warmup_epochs": 1},
         "monitor": {"log_steps": 1, "health_steps": 0, "picture_steps": 0, "knn_epochs": 0},
         "checkpoint": {"minutes": 0, "keep": 20},
+        "compile": False,  # takes minutes, where a run takes seconds
     },
 }
 

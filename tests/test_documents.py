@@ -58,9 +58,11 @@ def options_of(module: str) -> frozenset[str]:
     return frozenset(OPTION.findall(shown.getvalue()))
 
 
+@functools.cache
 def every_option() -> frozenset[str]:
     modules = [*(module for module, _ in COMMANDS.values()), *SCRIPTS.values()]
-    return frozenset().union(OTHERS_OPTIONS, *map(options_of, modules))
+    benchmarks = [re.findall(r'add_argument\("(--[\w-]+)"', path.read_text()) for path in ROOT.glob("benchmarks/*.py")]
+    return frozenset().union(OTHERS_OPTIONS, *map(options_of, modules), *benchmarks)
 
 
 def code_of(text: str) -> list[str]:
