@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ijepa_ds.config import Config
 from ijepa_ds.data.beton import Dataset
@@ -13,7 +16,7 @@ from ijepa_ds.distributed import Process, leave_to_main_process
 from ijepa_ds.errors import UserError
 from ijepa_ds.method.encoder import Dimensions, VisionTransformer, dimensions_of, set_attention
 from ijepa_ds.method.flops import Shapes
-from ijepa_ds.method.ijepa import IJEPA
+from ijepa_ds.method.ijepa import IJEPA, normalize_images
 from ijepa_ds.method.masks import MaskSampler, MultiblockSampler, ReferenceSampler, default_context_tokens
 from ijepa_ds.method.predictor import Predictor
 from ijepa_ds.method.schedules import Schedules, build_schedules
@@ -56,6 +59,11 @@ def build_sampler(config: Config) -> MaskSampler:
         "context_scale": masks.context_scale,
     }
     if masks.sampler == "reference":
+        if config.ijepa.compile:
+            raise UserError(
+                "ijepa.compile = true needs context blocks of one length, which masks.sampler = 'reference' does not "
+                "give; leave one of them out"
+            )
         return ReferenceSampler(**shared, min_keep=masks.min_keep, truncation_group=masks.truncation_group)
     return MultiblockSampler(**shared, context_tokens=masks.context_tokens or default_context_tokens(config.grid))
 
@@ -88,20 +96,19 @@ def build_ijepa(config: Config) -> IJEPA:
     )
     ijepa = IJEPA(encoder, predictor)
     set_attention(ijepa, fused=torch.cuda.is_available())  # the target encoder has no backward: fused everywhere
-    if config.ijepa.compile:
-        for block in [*encoder.blocks, *predictor.predictor_blocks]:
-            block.compile()
     return ijepa
 
 
 def build_target(config: Config) -> VisionTransformer:
     """The target encoder's architecture, without weights."""
     with torch.device("meta"):
-        encoder = build_encoder(config)
-    if config.ijepa.compile:
-        for block in encoder.blocks:
-            block.compile()
-    return encoder
+        return build_encoder(config)
+
+
+def input_of_encoder(config: Config, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Make the function from uint8 images on the device [B, H, W, 3] to the encoder's input [B, 3, H, W]."""
+    mean, std = (torch.tensor(values, device=device) for values in (config.ijepa.data.mean, config.ijepa.data.std))
+    return functools.partial(normalize_images, mean=mean, std=std, dtype=dtype)
 
 
 def build_loader(config: Config, dataset: Dataset, sampler: MaskSampler, reader: Reader) -> PretrainingLoader:
@@ -118,6 +125,13 @@ def build_loader(config: Config, dataset: Dataset, sampler: MaskSampler, reader:
         share=(reader.data_rank, reader.data_ranks),
         num_workers=data.workers,
     )
+
+
+def is_compiled(config: Config, device: torch.device) -> bool:
+    """Whether the blocks run compiled: where the config does not say, on GPUs and with contexts of one length."""
+    if config.ijepa.compile is not None:
+        return config.ijepa.compile
+    return device.type == "cuda" and config.ijepa.masks.sampler == "multiblock"
 
 
 def schedules_of(config: Config, steps_per_epoch: int) -> Schedules:

@@ -156,7 +156,9 @@ class IJEPAConfig(Checked):
     optimization: OptimizationConfig = OptimizationConfig()
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    compile: bool = changeable_on_resume(False, "torch.compile of each transformer block")
+    compile: bool | None = changeable_on_resume(
+        None, "torch.compile of the transformer blocks, for every shape before the first step; null: on GPUs"
+    )
 
 
 _OFFLOADED = must(lambda v: not v, "is not supported: the target encoder's average lives beside the fp32 weights")

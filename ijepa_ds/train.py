@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import gc
 import json
 import math
@@ -25,6 +24,8 @@ from ijepa_ds.build import (
     check_batch,
     computing_dtype,
     encoder_dimensions,
+    input_of_encoder,
+    is_compiled,
     schedules_of,
     shapes_of,
     working_dtype,
@@ -36,13 +37,13 @@ from ijepa_ds.distributed import Process, Votes, from_main, leave_to_main_proces
 from ijepa_ds.engine.checkpoint import load
 from ijepa_ds.engine.checkpoint_files import checkpoint_step
 from ijepa_ds.engine.trainable import Outcome, Trainable
+from ijepa_ds.engine.warm_up import Shapes, compile_and_warm_up, warm_up
 from ijepa_ds.engine.zero import Zero, init_distributed
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.online import OnlineProbe
 from ijepa_ds.exchange.export import export_timm
 from ijepa_ds.hardware import bf16_warning, peak_flops, set_numerics
-from ijepa_ds.method.ijepa import normalize_images
-from ijepa_ds.method.masks import MaskSampler, default_context_tokens
+from ijepa_ds.method.masks import MaskSampler, ReferenceSampler, default_context_tokens
 from ijepa_ds.method.schedules import Hyperparameters
 from ijepa_ds.run.folder import RunFolder
 from ijepa_ds.run.losses import LossSum
@@ -96,6 +97,7 @@ def train(config: Config, dataset: Dataset, sampler: MaskSampler) -> None:
     process = init_distributed()
     check_batch(config, process)
     trainable = build_trainable(config, process)
+    try_shapes(config, sampler, trainable, process)
     loader = build_loader(config, dataset, sampler, trainable)
     schedules = schedules_of(config, loader.steps_per_epoch)
     with Run(config, process, trainable, loader) as run:
@@ -109,10 +111,26 @@ def train(config: Config, dataset: Dataset, sampler: MaskSampler) -> None:
         run.finish(step)
 
 
-def build_trainable(config: Config, process: Process) -> Trainable:
+def try_shapes(config: Config, sampler: MaskSampler, trainable: Zero, process: Process) -> None:
+    """Compile for every shape of micro-batch, or on a GPU at least try the largest, before the first step."""
+    if isinstance(sampler, ReferenceSampler):
+        return  # its contexts have as many lengths as there are patches
+    shapes = Shapes(
+        num_images=config.micro_batch,
+        image_size=config.ijepa.data.image_size,
+        context_tokens=sampler.context_tokens,
+        num_targets=sampler.num_targets,
+        target_tokens=sampler.target_token_counts(),
+    )
+    if is_compiled(config, process.device):
+        compile_and_warm_up(trainable, shapes, process)
+    elif process.device.type == "cuda":
+        warm_up(trainable, dataclasses.replace(shapes, target_tokens=shapes.target_tokens[:1]), process)
+
+
+def build_trainable(config: Config, process: Process) -> Zero:
     """The engine that ``config`` asks for: the one place that knows."""
-    data, optimization = config.ijepa.data, config.ijepa.optimization
-    mean, std = (torch.tensor(values, device=process.device) for values in (data.mean, data.std))
+    optimization = config.ijepa.optimization
     return Zero(
         build_ijepa(config),
         build_target(config),
@@ -120,7 +138,7 @@ def build_trainable(config: Config, process: Process) -> Trainable:
         settings=config.deepspeed,
         betas=optimization.betas,
         eps=optimization.eps,
-        to_input=functools.partial(normalize_images, mean=mean, std=std, dtype=working_dtype(config)),
+        to_input=input_of_encoder(config, process.device, working_dtype(config)),
         autocast=autocast_dtype(config),
         batches_at_once=micro_batches_at_once(config, process),
     )
@@ -137,7 +155,9 @@ def micro_batches_at_once(config: Config, process: Process) -> int:
     patches = config.grid[0] * config.grid[1]
     kept = config.ijepa.masks.context_tokens or default_context_tokens(config.grid)
     micro_batches = config.global_batch // (config.micro_batch * process.world_size)
-    return max(1, min(micro_batches, encoder_dimensions(config).depth * kept // patches))
+    most = max(1, encoder_dimensions(config).depth * kept // patches)
+    # Of equal numbers: each has its own compiled code.
+    return max(count for count in range(1, min(micro_batches, most) + 1) if micro_batches % count == 0)
 
 
 class Run:

@@ -41,17 +41,18 @@ class TargetEncoder:
     def __call__(self, images: Tensor, target_blocks: Tensor) -> Tensor:
         """images [B, 3, H, W], target_blocks [M, B, T] -> targets [M * B, T, D], fp32, layer-normalised."""
         self._average.wait()
-        with torch.no_grad(), self._autocast_context():
+        with torch.no_grad(), self.autocast():
             return normalize_targets(self.encoder.features_at(images, target_blocks))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """All patches' features after the final norm and before the target norm, [B, N, D]."""
         self._average.wait()
-        with self._autocast_context():
+        with self.autocast():
             return self.encoder(images)
 
-    def _autocast_context(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
+        """Within it products run in the dtype of torch_autocast, if it is on."""
         return torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext()
 
 

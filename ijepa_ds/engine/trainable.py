@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -108,6 +109,7 @@ class ShardedTrainable:
         self.average = MovingAverage([shard for shard in shards if shard.group.startswith(CONTEXT_ENCODER)])
         self.target_encoder = TargetEncoder(target, self.average, autocast=autocast)
         self.to_input = to_input
+        self.batches_at_once = 1  # micro-batches of one forward pass of the target encoder
         self.data_rank, self.data_ranks = process.rank, process.world_size
         self.num_parameters = {name: count_parameters(part) for name, part in module.named_children()}
         # For checks: called with the whole gradients by name before each step is taken.
@@ -116,6 +118,29 @@ class ShardedTrainable:
     def features(self, images: Tensor) -> Tensor:
         """See :class:`Trainable`."""
         return self.target_encoder.features(self.to_input(images))
+
+    def with_targets(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """Each micro-batch with its input [B, 3, H, W] and its targets [M * B, T, D]."""
+        while chunk := list(islice(batches, self.batches_at_once)):
+            inputs = [self.to_input(batch.images) for batch in chunk]
+            if len(chunk) == 1:
+                yield chunk[0], inputs[0], self.target_encoder(inputs[0], chunk[0].target_blocks)
+                continue
+            blocks = torch.cat([batch.target_blocks for batch in chunk], dim=1)  # [M, chunk * B, T]
+            targets = self.target_encoder(torch.cat(inputs), blocks)
+            by_batch = targets.view(len(blocks), len(chunk), -1, *targets.shape[1:])  # [M, chunk, B, T, D]
+            for index, batch in enumerate(chunk):
+                yield batch, inputs[index], by_batch[:, index].flatten(0, 1)
+
+    def rehearse(self, batch: Batch) -> None:
+        """The forward and backward passes of a micro-batch, of which nothing remains: no gradient is kept or reduced.
+
+        By ``forward`` and not by a call, at which DeepSpeed's hooks would see a step begin.
+        """
+        _, images, targets = next(self.with_targets(iter([batch] * self.batches_at_once)))
+        with self.target_encoder.autocast():
+            loss = self.module.forward(images, batch.context_block, batch.target_blocks, targets)
+        torch.autograd.grad(loss, [parameter for parameter in self.module.parameters() if parameter.requires_grad])
 
     def state(self) -> State:
         """See :class:`Trainable`."""

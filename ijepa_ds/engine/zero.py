@@ -9,7 +9,6 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
 import torch
@@ -124,7 +123,7 @@ class Zero(ShardedTrainable):
         """See :class:`~ijepa_ds.engine.trainable.Trainable`."""
         set_hyperparameters(self.engine.optimizer, now)
         losses = []
-        for batch, images, targets in self._with_targets(batches):
+        for batch, images, targets in self.with_targets(batches):
             loss = self.engine(images, batch.context_block, batch.target_blocks, targets)
             self.engine.backward(loss)
             losses.append(loss.detach().float())
@@ -142,19 +141,6 @@ class Zero(ShardedTrainable):
     def describe(self) -> str:
         """See :class:`~ijepa_ds.engine.trainable.Trainable`."""
         return f"ZeRO {self.engine.zero_optimization_stage()}, {self.target_encoder.dtype}"
-
-    def _with_targets(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        """Each micro-batch with its input [B, 3, H, W] and its targets [M * B, T, D]."""
-        while chunk := list(islice(batches, self.batches_at_once)):
-            inputs = [self.to_input(batch.images) for batch in chunk]
-            if len(chunk) == 1:
-                yield chunk[0], inputs[0], self.target_encoder(inputs[0], chunk[0].target_blocks)
-                continue
-            blocks = torch.cat([batch.target_blocks for batch in chunk], dim=1)  # [M, chunk * B, T]
-            targets = self.target_encoder(torch.cat(inputs), blocks)
-            by_batch = targets.view(len(blocks), len(chunk), -1, *targets.shape[1:])  # [M, chunk, B, T, D]
-            for index, batch in enumerate(chunk):
-                yield batch, inputs[index], by_batch[:, index].flatten(0, 1)
 
     def _move_weights(self, momentum: float) -> tuple[Tensor, Tensor | None]:
         """AdamW's step and the average's: whether they were taken, and the gradient's norm."""

@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_ds.build import build_encoder, working_dtype
+from ijepa_ds.build import build_encoder, input_of_encoder, working_dtype
 from ijepa_ds.config import Config
 from ijepa_ds.distributed import Process, from_main
 from ijepa_ds.evaluation.subject import Subject
 from ijepa_ds.hardware import has_fast_bf16
 from ijepa_ds.method.encoder import VisionTransformer, set_attention
-from ijepa_ds.method.ijepa import normalize_images
 
 PIXELS = 16  # raw pixels are compared at 16 x 16
 BLOCKS = 4  # whose outputs `last4` holds
@@ -83,12 +82,6 @@ def pooled_features(module: VisionTransformer, config: Config) -> Callable[[Tens
         return torch.cat([block.float().mean(1) for block in (blocks if blocks_out > 1 else [blocks])], dim=1)
 
     return forward
-
-
-def input_of_encoder(config: Config, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Make the function from uint8 images on the device [B, H, W, 3] to the encoder's input [B, 3, H, W]."""
-    mean, std = (torch.tensor(values, device=device) for values in (config.ijepa.data.mean, config.ijepa.data.std))
-    return functools.partial(normalize_images, mean=mean, std=std, dtype=dtype)
 
 
 def small_pixels(images: Tensor) -> Tensor:

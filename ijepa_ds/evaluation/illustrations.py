@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from ijepa_ds.evaluation.results import Results
+from ijepa_ds.evaluation.results import Results, TaskResult
 from ijepa_ds.evaluation.setting import Setting, any_classes
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ def illustrate(results: Results, folder: Path, setting: Setting, *, step: int) -
 
         from ijepa_ds.evaluation.plots import draw_results  # a second to import
 
-        pictures = draw_results(results, folder / "pictures", neighbours=_neighbours(results, setting))
+        tasks = [task for task in results.tasks if task.task == "knn"]
+        neighbours = functools.partial(_neighbours, tasks, setting) if tasks else None
+        pictures = draw_results(results, folder / "pictures", neighbours=neighbours)
         if pictures:
             print(f"pictures in {folder / 'pictures'}: {', '.join(path.name for path in pictures)}", flush=True)
             with SummaryWriter(str(folder / "tensorboard" / "trained")) as writer:
@@ -40,11 +43,9 @@ def illustrate(results: Results, folder: Path, setting: Setting, *, step: int) -
     return pictures
 
 
-def _neighbours(results: Results, setting: Setting) -> list[list[Labelled]] | None:
-    """A few queries, each with its nearest training images, as kNN measured them; None without a kNN."""
-    data, tasks = setting.data, [task for task in results.tasks if task.task == "knn"]
-    if not tasks:
-        return None
+def _neighbours(tasks: list[TaskResult], setting: Setting) -> list[list[Labelled]]:
+    """A few queries, each with its nearest training images, as kNN on one or several labels measured them."""
+    data = setting.data
     # They depend on the features alone; classes say more than the bins of a continuous label.
     task = min(tasks, key=lambda task: task.label not in data.integer_fields)
     classes = any_classes(setting, task.label)

@@ -32,17 +32,18 @@ MAX_INCHES = 40.0  # of any side
 Heights = Sequence[float | None]  # one in each group of bars, None where there is none
 Bars = Mapping[str, Heights]  # by legend
 Labelled = tuple[np.ndarray, str]  # an image, uint8 [H, W, 3], and its label as it should be written
+Rows = Sequence[Sequence[Labelled]]  # each a query and its nearest training images
 
 
-def draw_results(results: Results, folder: Path, *, neighbours: Sequence[Sequence[Labelled]] | None) -> list[Path]:
+def draw_results(results: Results, folder: Path, *, neighbours: Callable[[], Rows] | None) -> list[Path]:
     """Draw all pictures of an evaluation into ``folder``, which is made, and return their paths.
 
     Heat maps are drawn of grids over learning rates and weight decays, of which other tasks have none. A picture that
-    cannot be drawn or written is said in a line.
+    cannot be drawn or written is said in a line; for ``neighbours`` images are read, so this is done here.
     """
     figures: dict[str, Callable[[], Figure]] = {"baselines": partial(baseline_figure, results)}
     if neighbours is not None:
-        figures["neighbours"] = partial(neighbours_figure, neighbours)
+        figures["neighbours"] = lambda: neighbours_figure(neighbours())
     for task in results.tasks:
         name = f"{task.task}_{task.label}"
         if sum("lr" in head for head in task.grid) > 1:
@@ -141,7 +142,7 @@ def regression_figure(task: TaskResult) -> Figure:
     return figure
 
 
-def neighbours_figure(rows: Sequence[Sequence[Labelled]]) -> Figure:
+def neighbours_figure(rows: Rows) -> Figure:
     """Each row a query and its nearest training images, the label under each, green where it is the query's."""
     names = ["query", *(f"nearest {k + 1}" for k in range(SHOWN_NEIGHBOURS))][: len(rows[0])]
     figure = _figure(1.35 * len(names) + 0.3, 1.6 * len(rows) + 0.6)

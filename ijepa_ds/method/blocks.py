@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+Regions = dict[Callable[..., Tensor], Callable[..., Tensor]]  # functions of this file -> the same, compiled
+
 
 def run(function: Callable[..., Tensor], *arguments: Any, activation_checkpointing: bool) -> Tensor:
     """The function's result; with checkpointing its activations are computed again in the backward pass."""

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.method.blocks import block_at, run, select_tokens, whole_block
+from ijepa_ds.method.blocks import Regions, block_at, run, select_tokens, whole_block
 from ijepa_ds.method.positions import sine_cosine_positions
 
 INIT_STD = 0.02
@@ -116,6 +116,7 @@ class VisionTransformer(TimmVisionTransformer):
         )
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.activation_checkpointing = activation_checkpointing
+        self.compiled: Regions = {}
         # A parameter and not a buffer: the bf16 engine casts parameters only, and an fp32 table would promote the
         # whole residual stream. Frozen: the positions are fixed.
         self.pos_embed = nn.Parameter(sine_cosine_positions(dimensions.width, self.grid)[None], requires_grad=False)
@@ -175,6 +176,7 @@ class VisionTransformer(TimmVisionTransformer):
         return F.linear(pixels, projection.weight.flatten(1), projection.bias) + self.pos_embed[0][indices]
 
     def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        function = self.compiled.get(function, function)
         return run(function, *arguments, activation_checkpointing=self.activation_checkpointing)
 
 

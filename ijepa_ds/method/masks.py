@@ -315,7 +315,11 @@ class _Sampler(ABC):
 
     def max_target_tokens(self) -> int:
         """The largest T of any step."""
-        return max(sizes.target_tokens for sizes in self._possible_sizes())
+        return self.target_token_counts()[0]
+
+    def target_token_counts(self) -> list[int]:
+        """Every T that a step can have, the largest first."""
+        return sorted({sizes.target_tokens for sizes in self._possible_sizes()}, reverse=True)
 
     def draw(self, step: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
         """Context int32 [K] (of ``reference``: not truncated) and targets int32 [M, T] of one image."""

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ijepa_ds.method.blocks import (
+    Regions,
     block_at_last,
     block_of_shared_context,
     block_of_shared_context_at_own,
@@ -42,6 +43,7 @@ class Predictor(nn.Module):
     ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
+        self.compiled: Regions = {}
         self.predictor_embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.predictor_pos_embed = nn.Parameter(sine_cosine_positions(width, grid)[None], requires_grad=False)
@@ -74,4 +76,5 @@ class Predictor(nn.Module):
         return self.predictor_proj(self.predictor_norm(tokens))  # [M * B, T, D]
 
     def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        function = self.compiled.get(function, function)
         return run(function, *arguments, activation_checkpointing=self.activation_checkpointing)

@@ -170,3 +170,17 @@ def test_the_target_encoder_takes_several_micro_batches_at_once() -> None:
     assert [calls for _, calls in others] == [2, 1]
     for losses, _ in others:
         assert losses == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("device", "micro_batch", "at_once"),
+    [("cuda", 16, 1), ("cuda", 8, 2), ("cuda", 2, 8), ("cuda", 1, 8), ("cpu", 2, 1)],
+)
+def test_it_takes_as_many_as_need_less_memory_than_a_backward_pass(device: str, micro_batch: int, at_once: int) -> None:
+    from ijepa_ds.config import parse_config
+    from ijepa_ds.distributed import Process
+    from ijepa_ds.train import micro_batches_at_once
+
+    # 32 blocks of 18 of 64 patches: as much as one block of all patches of nine micro-batches.
+    config = parse_config(tiny_config(ijepa__model__depth=32, train_micro_batch_size_per_gpu=micro_batch))
+    assert micro_batches_at_once(config, Process(0, 1, torch.device(device))) == at_once

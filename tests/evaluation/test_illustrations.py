@@ -70,13 +70,17 @@ def test_neighbours_are_shown_with_their_images_and_classes(
 def test_a_picture_that_fails_is_a_line_and_the_others_are_drawn(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **options: object) -> None:
         raise ZeroDivisionError("no bins")
 
     monkeypatch.setattr(plots, "confusion_figure", fail)
     paths = illustrate(results(), tmp_path, setting, step=3)
     assert {path.name for path in paths} == {"baselines.png", "regression_depth.png", "neighbours.png"}
     assert "warning: the picture confusion_depth_depth.png is missing: no bins" in capsys.readouterr().out
+    monkeypatch.setattr(setting.data, "loader", fail)
+    paths = illustrate(results(), tmp_path, setting, step=3)
+    assert {path.name for path in paths} == {"baselines.png", "regression_depth.png"}
+    assert "warning: the picture neighbours.png is missing: no bins" in capsys.readouterr().out
     monkeypatch.setattr(plots, "draw_results", fail)
     assert illustrate(results(), tmp_path, setting, step=3) == []
     assert "warning: pictures are missing" in capsys.readouterr().out

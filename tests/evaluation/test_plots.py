@@ -58,7 +58,7 @@ def test_every_picture_of_the_results_is_written(tmp_path: Path, capsys: pytest.
     knn = task_of("knn", "label", grid=[], confusion=None)
     results = results_of(task_of(), task_of(), task_of("transfer", "../a b/ü"), knn, depth)
     neighbours = [list(zip(row, label + "334567", strict=True)) for row, label in zip(images, "34", strict=True)]
-    paths = draw_results(results, tmp_path / "new" / "plots", neighbours=neighbours)
+    paths = draw_results(results, tmp_path / "new" / "plots", neighbours=lambda: neighbours)
     names = sorted(path.name for path in paths)
     assert names == sorted(path.name for path in (tmp_path / "new" / "plots").iterdir()) and len(names) == 9
     assert "grid_linear_count.png" in names and "grid_linear_count_2.png" in names

@@ -319,8 +319,10 @@ def test_a_budget_beyond_the_image_is_refused():
 def test_the_largest_target_is_known_before_any_is_drawn():
     for make, grid in itertools.product((multiblock, reference), [(6, 6), (16, 16), (14, 28)]):
         sampler = make(grid)
-        drawn = max(sampler.block_sizes(step).target_tokens for step in range(5_000))
-        assert drawn <= sampler.max_target_tokens() <= drawn + max(grid)
+        counts = {sampler.block_sizes(step).target_tokens for step in range(5_000)}
+        assert max(counts) <= sampler.max_target_tokens() <= max(counts) + max(grid)
+        listed = sampler.target_token_counts()
+        assert counts <= set(listed) and listed == sorted(set(listed), reverse=True)
 
 
 # ------------------------------------------------------------------------------------------- reference

@@ -16,9 +16,10 @@ import psutil
 import torch
 from torch import Tensor
 
+from ijepa_ds.build import input_of_encoder
 from ijepa_ds.distributed import on_any_rank
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.candidates import Candidate, input_of_encoder
+from ijepa_ds.evaluation.candidates import Candidate
 from ijepa_ds.evaluation.data import SPLITS
 from ijepa_ds.evaluation.features import extract_features
 from ijepa_ds.evaluation.inputs import Inputs, central_crops

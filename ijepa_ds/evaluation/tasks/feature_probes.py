@@ -117,11 +117,10 @@ def knn(setting: Setting, candidate: Candidate, classes: dict[str, Classes]) -> 
     queries = spread_samples(len(validation), QUERIES)
     nearest = found[view][1][queries, :SHOWN_NEIGHBOURS].cpu().numpy()  # by the last view: all columns
     rows = zip(samples["validation"][queries].tolist(), samples["train"][nearest].tolist(), strict=True)
-    neighbours = [{"query": query, "train": row} for query, row in rows]  # sample numbers in the two files
+    extra = {"neighbours": [{"query": query, "train": row} for query, row in rows]}  # sample numbers in the two files
     heads = [{"features": view, "k": k} for view in found for k in ks]
     for field, of_label in classes.items():
         labels = of_label.train.to(device)
         predictions = [vote(cosine, labels[index], k=k) for cosine, index in found.values() for k in ks]
-        extra = {"neighbours": neighbours}
         measurement = setting.measurement("knn", field, of_label, heads, predictions, began, extra=extra)
         yield dataclasses.replace(measurement, confusion=None)

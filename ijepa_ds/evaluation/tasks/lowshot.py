@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_ds.evaluation.candidates import Candidate, input_of_encoder
+from ijepa_ds.build import input_of_encoder
+from ijepa_ds.evaluation.candidates import Candidate
 from ijepa_ds.evaluation.inputs import central_crops
 from ijepa_ds.evaluation.labels import Classes
 from ijepa_ds.evaluation.probes.finetune import FineTuneRecipe, fine_tune
