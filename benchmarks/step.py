@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_ds.allocator import keep_freed_memory, set_thresholds
-from ijepa_ds.build import build_ijepa, build_sampler, build_target, encoder_dimensions
+from ijepa_ds.build import build_ijepa, build_sampler, build_target, encoder_dimensions, input_of_encoder
 from ijepa_ds.config import Config, load_config
 from ijepa_ds.engine.plain import Plain
 from ijepa_ds.engine.trainable import ShardedTrainable
@@ -49,7 +49,6 @@ from ijepa_ds.engine.zero import init_distributed
 from ijepa_ds.hardware import has_fast_bf16
 from ijepa_ds.method.encoder import Dimensions
 from ijepa_ds.method.flops import Shapes
-from ijepa_ds.method.ijepa import normalize_images
 from ijepa_ds.method.schedules import Hyperparameters
 from ijepa_ds.train import build_trainable
 
@@ -158,8 +157,7 @@ def without_deepspeed(config: Config) -> Plain:
     """Our modules on our plain engine, fp32 alone."""
     optimization = config.ijepa.optimization
     adam = {"betas": optimization.betas, "eps": optimization.eps}
-    mean, std = (torch.tensor(values) for values in (config.ijepa.data.mean, config.ijepa.data.std))
-    to_input = functools.partial(normalize_images, mean=mean, std=std, dtype=torch.float32)
+    to_input = input_of_encoder(config, CPU, torch.float32)
     return Plain(build_ijepa(config), build_target(config), to_input=to_input, **adam)
 
 
