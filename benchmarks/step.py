@@ -409,7 +409,7 @@ def show(result: dict[str, Any]) -> str:
     sides, precision = result["sides"], result["precision"]
     ratio = result["ratio"]
     headline = (
-        f"{result['model']}, {precision}, {result['threads']} threads: ours is {ratio['median']:.2f} x as fast as "
+        f"{result['model']}, {precision}, threads: {result['threads']}: ours is {ratio['median']:.2f} x as fast as "
         f"'{result['compared_with']}' (quartiles {ratio['quarter']:.2f} to {ratio['three_quarters']:.2f}); "
         f"{result['images']} images, K = {result['context_tokens']}, T = {result['target_tokens']}, "
         f"{result['gflop_as_written']:.1f} GFLOP as written, peak {result['peak_gflops']:.0f} GFLOP/s"
@@ -441,7 +441,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         panel.bar_label(bars, fmt="%.0f", padding=3)
         panel.invert_yaxis()
         panel.margins(x=0.12)
-        title = f"{result['model']}, {result['precision']}, {result['threads']} threads"
+        title = f"{result['model']}, {result['precision']}, threads: {result['threads']}"
         panel.set_title(f"{title}: {result['ratio']['median']:.2f} x", fontsize=10)
         panel.set_xlabel("ms a step")
     for panel in panels.flat[len(results) :]:
