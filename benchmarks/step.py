@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_ds.allocator import keep_freed_memory, set_thresholds
-from ijepa_ds.build import build_ijepa, build_sampler, build_target, encoder_dimensions
+from ijepa_ds.build import build_ijepa, build_sampler, build_target, encoder_dimensions, input_of_encoder
 from ijepa_ds.config import Config, load_config
 from ijepa_ds.engine.plain import Plain
 from ijepa_ds.engine.trainable import ShardedTrainable
@@ -49,7 +49,6 @@ from ijepa_ds.engine.zero import init_distributed
 from ijepa_ds.hardware import has_fast_bf16
 from ijepa_ds.method.encoder import Dimensions
 from ijepa_ds.method.flops import Shapes
-from ijepa_ds.method.ijepa import normalize_images
 from ijepa_ds.method.schedules import Hyperparameters
 from ijepa_ds.train import build_trainable
 
@@ -158,8 +157,7 @@ def without_deepspeed(config: Config) -> Plain:
     """Our modules on our plain engine, fp32 alone."""
     optimization = config.ijepa.optimization
     adam = {"betas": optimization.betas, "eps": optimization.eps}
-    mean, std = (torch.tensor(values) for values in (config.ijepa.data.mean, config.ijepa.data.std))
-    to_input = functools.partial(normalize_images, mean=mean, std=std, dtype=torch.float32)
+    to_input = input_of_encoder(config, CPU, torch.float32)
     return Plain(build_ijepa(config), build_target(config), to_input=to_input, **adam)
 
 
@@ -195,18 +193,26 @@ def step_of(config: Config, batch: Batch, side: Any) -> Callable[[], Tensor]:
 # ------------------------------------------------------------------------------------------------------------ measure
 
 
-def compare(model: str, precision: str, threads: int, rounds: int) -> dict[str, Any]:
+def compare(
+    model: str,
+    precision: str,
+    threads: int,
+    *,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    memory: bool = True,
+) -> dict[str, Any]:
     """All sides of one model in one precision on so many threads."""
     config = configuration(model, precision)
     batch = made_up_batch(config)
     sides = {name: make() for name, make in sides_of(config, precision).items()}
     torch.set_num_threads(threads)  # an engine's start sets it, too
-    steps = {name: ClockedStep(side, step_of(config, batch, side)) for name, side in sides.items()}
+    steps = {name: ClockedStep(side, step_of(config, batch, side), clock) for name, side in sides.items()}
     losses = {name: float(step()) for name, step in steps.items()}
     least, most = min(losses.values()), max(losses.values())
     assert most - least < SAME_LOSS[precision] * most, losses  # the same weights, images and masks
     seconds = in_turns(steps, rounds)
-    peak, flops = product_rate(precision), written_flops(config, batch)
+    peak, flops = product_rate(precision, clock), written_flops(config, batch)
     baselines = [name for name in (PLAIN, AUTOCAST) if name in sides]
     plain = min(baselines, key=lambda name: statistics.median(seconds[name]))
     return {
@@ -227,7 +233,7 @@ def compare(model: str, precision: str, threads: int, rounds: int) -> dict[str, 
                 "loss": losses[name],
                 "parts_ms": step.parts(rounds),
                 "operations_ms": operations_of_step(step),
-                "memory_mb": peak_memory(model, precision, threads, name),
+                "memory_mb": peak_memory(model, precision, threads, name) if memory else None,
             }
             for name, step in steps.items()
         },
@@ -241,7 +247,8 @@ def in_turns(steps: dict[str, ClockedStep], rounds: int) -> measure.Seconds:
         for name, step in steps.items():
             allocate_as(name)
             step()
-            seconds[name].append(measure.seconds_of(step, CPU))
+            step()
+            seconds[name].append(step.seconds)
     return seconds
 
 
@@ -263,31 +270,38 @@ def written_flops(config: Config, batch: Batch) -> float:
     return images * shapes.flops(**counts, exact_savings=False).total
 
 
-def product_rate(precision: str, size: int = 1024, seconds: float = 1.0) -> float:
+def product_rate(precision: str, clock: Callable[[], float], size: int = 1024) -> float:
     """The best rate of a square product, operations a second."""
     matrix = torch.ones(size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     matrix @ matrix
-    fastest, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        fastest = min(fastest, measure.seconds_of(lambda: matrix @ matrix, CPU))
+    fastest = float("inf")
+    for _ in range(50):
+        began = clock()
+        matrix @ matrix
+        fastest = min(fastest, clock() - began)
     return 2 * size**3 / fastest
 
 
 class ClockedStep:
     """A step with a clock around the calls of its parts: some ten readings, which cost nothing."""
 
-    def __init__(self, side: Any, step: Callable[[], Tensor]) -> None:
-        self.step, self.calls = step, parts_of(side)
+    def __init__(self, side: Any, step: Callable[[], Tensor], clock: Callable[[], float]) -> None:
+        self.step, self.calls, self.clock = step, parts_of(side), clock
         self.spent: list[dict[str, float]] = []
 
     def __call__(self) -> Tensor:
         spent: dict[str, float] = defaultdict(float)
         self.spent.append(spent)
-        began = time.perf_counter()
-        with clocks(self.calls, spent):
+        began = self.clock()
+        with clocks(self.calls, spent, self.clock):
             loss = self.step()
-        spent["rest"] = time.perf_counter() - began - sum(spent.values())
+        spent["rest"] = self.clock() - began - sum(spent.values())
         return loss
+
+    @property
+    def seconds(self) -> float:
+        """Of the last step."""
+        return sum(self.spent[-1].values())
 
     def parts(self, rounds: int) -> dict[str, float]:
         """Median milliseconds of the parts in the timed steps; "rest" is what no part holds."""
@@ -315,14 +329,16 @@ def parts_of(side: Any) -> dict[str, list[tuple[Any, str]]]:
 
 
 @contextmanager
-def clocks(calls: dict[str, list[tuple[Any, str]]], spent: dict[str, float]) -> Iterator[None]:
+def clocks(
+    calls: dict[str, list[tuple[Any, str]]], spent: dict[str, float], clock: Callable[[], float]
+) -> Iterator[None]:
     """Add the seconds of ``calls`` to ``spent`` by the part they belong to; calls that do not exist are passed over."""
     before = []
     for part, owners in calls.items():
         for owner, attribute in owners:
             if function := getattr(owner, attribute, None):
                 before.append((owner, attribute, vars(owner).get(attribute)))
-                setattr(owner, attribute, timed(function, part, spent))
+                setattr(owner, attribute, timed(function, part, spent, clock))
     try:
         yield
     finally:
@@ -333,13 +349,13 @@ def clocks(calls: dict[str, list[tuple[Any, str]]], spent: dict[str, float]) -> 
                 setattr(owner, attribute, own)
 
 
-def timed(function: Callable, part: str, spent: dict[str, float]) -> Callable:
+def timed(function: Callable, part: str, spent: dict[str, float], clock: Callable[[], float]) -> Callable:
     """The function; its seconds are added to ``spent[part]``."""
 
     def call(*arguments: Any, **more: Any) -> Any:
-        began = time.perf_counter()
+        began = clock()
         result = function(*arguments, **more)
-        spent[part] += time.perf_counter() - began
+        spent[part] += clock() - began
         return result
 
     return call
@@ -393,7 +409,7 @@ def show(result: dict[str, Any]) -> str:
     sides, precision = result["sides"], result["precision"]
     ratio = result["ratio"]
     headline = (
-        f"{result['model']}, {precision}, {result['threads']} threads: ours is {ratio['median']:.2f} x as fast as "
+        f"{result['model']}, {precision}, threads: {result['threads']}: ours is {ratio['median']:.2f} x as fast as "
         f"'{result['compared_with']}' (quartiles {ratio['quarter']:.2f} to {ratio['three_quarters']:.2f}); "
         f"{result['images']} images, K = {result['context_tokens']}, T = {result['target_tokens']}, "
         f"{result['gflop_as_written']:.1f} GFLOP as written, peak {result['peak_gflops']:.0f} GFLOP/s"
@@ -425,7 +441,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         panel.bar_label(bars, fmt="%.0f", padding=3)
         panel.invert_yaxis()
         panel.margins(x=0.12)
-        title = f"{result['model']}, {result['precision']}, {result['threads']} threads"
+        title = f"{result['model']}, {result['precision']}, threads: {result['threads']}"
         panel.set_title(f"{title}: {result['ratio']['median']:.2f} x", fontsize=10)
         panel.set_xlabel("ms a step")
     for panel in panels.flat[len(results) :]:
@@ -440,6 +456,12 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], help="default: bf16 where it is fast")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument(
+        "--cpu-clock",
+        action="store_true",
+        help="count the processor's seconds of this process: for one thread on a machine with other work",
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave out the memory, a process for each side")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the sides' times there")
     parser.add_argument("--alone", metavar="SIDE", help="print the memory, MB, that one side takes, and nothing else")
     options = parser.parse_args()
@@ -450,7 +472,8 @@ def main() -> None:
         return
     results = []
     for case in cases:
-        results.append(compare(*case, options.rounds))
+        clock = time.process_time if options.cpu_clock else time.perf_counter
+        results.append(compare(*case, rounds=options.rounds, clock=clock, memory=not options.no_memory))
         print(show(results[-1]), end="\n\n", flush=True)
     measure.save(measure.record(results, compared=__doc__, device=CPU), options.json)
     if options.png:

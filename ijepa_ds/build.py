@@ -95,14 +95,17 @@ def build_ijepa(config: Config) -> IJEPA:
         generator=generator,
     )
     ijepa = IJEPA(encoder, predictor)
-    set_attention(ijepa, fused=torch.cuda.is_available())  # the target encoder has no backward: fused everywhere
+    set_attention(ijepa, fused=torch.cuda.is_available())
     return ijepa
 
 
 def build_target(config: Config) -> VisionTransformer:
     """The target encoder's architecture, without weights."""
     with torch.device("meta"):
-        return build_encoder(config)
+        encoder = build_encoder(config)
+    # It has no backward pass, for which fused attention is slow on a CPU; in bf16 its forward pass is slow there, too.
+    set_attention(encoder, fused=torch.cuda.is_available() or computing_dtype(config) == torch.float32)
+    return encoder
 
 
 def input_of_encoder(config: Config, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
