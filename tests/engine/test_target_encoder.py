@@ -105,9 +105,9 @@ def read_the_targets() -> dict:
         by_hand = torch.stack([features[b, blocks[m, b]] for m in range(4) for b in range(3)])
     target_encoder, average = parts.trainable.target_encoder, parts.trainable.average
     ours, averages = target_encoder(images, blocks), [values.clone() for _, values in average.slices]
-    average.update(1.0)
+    average.update(1.0, torch.tensor(True))
     unmoved = all(torch.equal(values, before) for (_, values), before in zip(average.slices, averages, strict=True))
-    average.update(0.0)
+    average.update(0.0, torch.tensor(True))
     copied = all(torch.equal(values, shard.master) for shard, values in average.slices)
     after = target_encoder(images, blocks)
     return {"ours": ours, "by_hand": by_hand, "unmoved": unmoved, "copied": copied, "after": after}
