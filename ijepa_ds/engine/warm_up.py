@@ -51,7 +51,7 @@ def compile_and_warm_up(
     """Compile the blocks for every shape; from then on a shape that is not among them runs uncompiled.
 
     Raises:
-        UserError: the largest micro-batch does not fit into the device's memory.
+        UserError: the largest micro-batch does not fit into the device's memory, or torch cannot compile here.
     """
     _set_up_inductor()
     tokens = shapes.target_tokens
@@ -79,6 +79,9 @@ def warm_up(trainable: ShardedTrainable, shapes: Shapes, process: Process) -> No
                 f"{shapes.num_images} images at once, with target blocks of {target_tokens} patches, do not fit into "
                 f"the device's memory; lower train_micro_batch_size_per_gpu ({' '.join(str(error).split())})"
             ) from error
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"torch cannot compile the blocks here; set ijepa.compile to false ({reason})") from error
         progress.show(done, f"target blocks of {target_tokens} patches")
     progress.end(len(shapes.target_tokens))
     barrier(process)  # of the processors' group, which has more patience than the devices'

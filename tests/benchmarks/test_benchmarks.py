@@ -67,6 +67,7 @@ def checkpoint_results() -> dict:
     return checkpoint.main(["--config", "tiny", "--rounds", "1"])["results"]
 
 
+@pytest.mark.long
 def test_checkpoint() -> None:
     (results,) = run_ranks(checkpoint_results, 1)
     assert results["seconds"].keys() == results["mb_per_second"].keys() >= {"snapshot", "write", "commit", "load"}
@@ -79,6 +80,7 @@ def rank_of_scaling() -> dict:
     return scaling.main(["--worker", "--config", "tiny", "--images", "2", "--steps", "1"])
 
 
+@pytest.mark.long
 def test_the_processes_of_the_scaling_benchmark_take_their_steps_together() -> None:
     first, second = run_ranks(rank_of_scaling, 2)
     assert first.keys() == {2, 4, 8} and first == second, "the slowest process's seconds, on every process"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 
+@pytest.mark.long
 def test_the_loaders_benchmark_compares_four_sides_on_the_same_images(tmp_path, monkeypatch):
     files, convert = [], loader.converted
 

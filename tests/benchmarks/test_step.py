@@ -100,6 +100,7 @@ def compared() -> list[dict]:
     return [step_benchmark.compare("tiny32", precision, 1, rounds=2, memory=False) for precision in ("fp32", "bf16")]
 
 
+@pytest.mark.long
 def test_the_benchmark_compares_a_step_of_ours_with_a_plain_one(tmp_path):
     """Both take the same step: ``compare`` refuses sides whose losses differ."""
     (results,) = run_ranks(compared, 1)

@@ -107,8 +107,8 @@ def terminate_after_the_fifth_step() -> None:
 
     update, calls = MovingAverage.update, []
 
-    def update_and_terminate(self, momentum: float) -> None:
-        update(self, momentum)
+    def update_and_terminate(self, momentum: float, applied: torch.Tensor) -> None:
+        update(self, momentum, applied)
         calls.append(momentum)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -142,9 +142,10 @@ def test_sigterm_to_one_rank_stops_all_with_a_checkpoint() -> None:
     terminated, states = killed_run()[1], killed_run()[3]
     assert terminated.exit_codes == [0, 0], terminated.output
     checkpoints, rows = states[1]
-    assert checkpoints == ["step_000000003", "step_000000005"]  # tmp.step_000000004 was removed at the start
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert "stopped by another rank after step 5; the same command goes on" in terminated.output
+    # Asked for in step 5, heard of by all in step 6; tmp.step_000000004 was removed at the start.
+    assert checkpoints == ["step_000000003", "step_000000006"]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert "stopped by another rank after step 6; the same command goes on" in terminated.output
     assert "done" not in terminated.output and "Traceback" not in terminated.output
 
 
