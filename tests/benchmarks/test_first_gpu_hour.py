@@ -58,8 +58,8 @@ def findings_of(name: str, images: str) -> list[Finding]:
     return context.findings
 
 
-# Most of what these do is tested elsewhere, too: the host's reads, runs of every stage, kills.
-LONG = ("host_reads", "canary", "kill")
+# Most of what these do is tested elsewhere, too: the peak and the average, the host's reads, runs of every stage, kills.
+LONG = ("device", "host_reads", "canary", "kill")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in MUST_HOLD])
