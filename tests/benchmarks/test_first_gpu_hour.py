@@ -58,7 +58,7 @@ def findings_of(name: str, images: str) -> list[Finding]:
     return context.findings
 
 
-# Most of what these do is tested elsewhere, too: the peak and the average, the host's reads, runs of every stage, kills.
+# Most of what these do is tested elsewhere, too: peak, average, the host's reads, runs of every stage, kills.
 LONG = ("device", "host_reads", "canary", "kill")
 
 
