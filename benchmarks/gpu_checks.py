@@ -21,7 +21,7 @@ from gpu_findings import Context, OutOfTime
 from torch import Tensor
 from workload import MadeUpBatch
 
-from ijepa_ds.build import build_ijepa, build_target
+from ijepa_ds.build import build_ijepa, build_target, input_of_encoder
 from ijepa_ds.checks.host_reads import HostReads
 from ijepa_ds.config import Config
 from ijepa_ds.engine.checkpoint import load, save
@@ -29,7 +29,6 @@ from ijepa_ds.engine.plain import Plain
 from ijepa_ds.engine.trainable import ShardedTrainable, State
 from ijepa_ds.engine.zero import init_distributed
 from ijepa_ds.hardware import set_numerics
-from ijepa_ds.method.ijepa import normalize_images
 from ijepa_ds.method.schedules import Hyperparameters
 from ijepa_ds.train import build_trainable
 
@@ -85,9 +84,7 @@ def loss_and_gradient(config: Config, device: torch.device) -> tuple[float, dict
 
 def plain_of(config: Config, device: torch.device) -> Plain:
     """A configuration on plain torch, from the same initial weights as on DeepSpeed's engine."""
-    data, optimization = config.ijepa.data, config.ijepa.optimization
-    mean, std = (torch.tensor(values, device=device) for values in (data.mean, data.std))
-    to_input = functools.partial(normalize_images, mean=mean, std=std, dtype=torch.float32)
+    optimization, to_input = config.ijepa.optimization, input_of_encoder(config, device, torch.float32)
     adam: dict[str, Any] = {"betas": optimization.betas, "eps": optimization.eps}
     return Plain(build_ijepa(config), build_target(config), **adam, to_input=to_input, device=device)
 
