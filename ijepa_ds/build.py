@@ -14,7 +14,6 @@ from ijepa_ds.config import Config
 from ijepa_ds.data.beton import Dataset
 from ijepa_ds.data.pretraining_loader import PretrainingLoader
 from ijepa_ds.distributed import Process
-from ijepa_ds.stage_balance import bubble
 from ijepa_ds.errors import UserError
 from ijepa_ds.method.encoder import Dimensions, VisionTransformer, dimensions_of, set_attention
 from ijepa_ds.method.flops import Shapes
@@ -22,6 +21,7 @@ from ijepa_ds.method.ijepa import IJEPA, normalize_images
 from ijepa_ds.method.masks import MaskSampler, MultiblockSampler, ReferenceSampler, default_context_tokens
 from ijepa_ds.method.predictor import Predictor
 from ijepa_ds.method.schedules import Schedules, build_schedules
+from ijepa_ds.stage_balance import bubble
 
 
 class Reader(Protocol):

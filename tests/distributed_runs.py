@@ -489,22 +489,30 @@ class MadeUpBatch:
     target_blocks: torch.Tensor
 
 
-def made_up_batch(config: Any, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def made_up_batch(
+    config: Any, step: int, *, context_tokens: int = 18, target_tokens: int = 9
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The global batch of a step: images [G, 3, H, W], context_block [G, K], target_blocks [M, G, T]."""
     draw = torch.Generator().manual_seed(1000 + step)
     patches = config.grid[0] * config.grid[1]
     images = torch.randn(config.global_batch, 3, *config.ijepa.data.image_size, generator=draw)
     order = torch.rand(config.global_batch, patches, generator=draw).argsort(1)
-    targets = torch.rand(4, config.global_batch, patches, generator=draw).argsort(2)[..., :9]
-    return images, order[:, :18].contiguous(), targets.contiguous()
+    targets = torch.rand(4, config.global_batch, patches, generator=draw).argsort(2)[..., :target_tokens]
+    return images, order[:, :context_tokens].contiguous(), targets.contiguous()
 
 
 def train_steps(
-    parts: Parts, steps: range, *, momentum: float = 0.9, lr: float = 1e-3, micro_batch: Callable | None = None
+    parts: Parts,
+    steps: range,
+    *,
+    momentum: float = 0.9,
+    lr: float = 1e-3,
+    micro_batch: Callable | None = None,
+    sizes: Callable[[int], dict[str, int]] = lambda step: {},
 ) -> list[float]:
     """Optimizer steps on made-up batches; returns the mean loss over all ranks of each step.
 
-    ``micro_batch(step)`` is called as each micro-batch is handed out.
+    ``micro_batch(step)`` is called as each micro-batch is handed out; ``sizes(step)`` are those of its masks.
     """
     from ijepa_ds.distributed import mean_over_ranks
     from ijepa_ds.method.schedules import Hyperparameters
@@ -513,7 +521,7 @@ def train_steps(
     size = config.micro_batch // config.ijepa.pipeline.stages
 
     def batches(step: int) -> Iterator[MadeUpBatch]:
-        images, context, targets = made_up_batch(config, step)
+        images, context, targets = made_up_batch(config, step, **sizes(step))
         for start in range(trainable.data_rank * size, config.global_batch, trainable.data_ranks * size):
             own = slice(start, start + size)
             if micro_batch is not None:

@@ -1,42 +1,183 @@
-"""Pipeline stages against one process of ZeRO: the same losses, the same weights, whatever the layout."""
+"""Pipeline stages against one process of ZeRO: the same losses, norms and weights, whatever the layout."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from distributed_runs import build_parts, masters_of, once, run_ranks, tiny_config, train_steps
+from distributed_runs import (
+    FOLDER,
+    build_parts,
+    once,
+    run_ranks,
+    tiny_config,
+    train_steps,
+)
 
+STEPS = 4
 BF16 = {"bf16": {"enabled": True}}
+ONE = "one process"  # a layout: ZeRO 2
 
 
-def layout(stages: int, **changes: Any) -> dict[str, Any]:
-    """A tiny run in so many stages."""
-    zero = {"stage": 1 if stages > 1 else 2}
-    return tiny_config(ijepa__pipeline={"stages": stages, "largest_bubble": 1}, zero_optimization=zero, **changes)
+def layout(stages: int, micro: int = 4, batch: int = 16, **changes: Any) -> dict[str, Any]:
+    """A tiny run in so many stages; ZeRO 2 in one."""
+    return tiny_config(
+        train_batch_size=batch,
+        train_micro_batch_size_per_gpu=micro,
+        ijepa__pipeline={"stages": stages, "largest_bubble": 1},
+        zero_optimization={"stage": 1 if stages > 1 else 2, "reduce_bucket_size": 10**6},
+        **changes,
+    )
 
 
-def trained(raw: dict[str, Any], steps: int = 4) -> dict[str, Any]:
-    """In a rank: losses and gradient norms of some steps, the weights and the average after them."""
+def changing_targets(step: int) -> dict[str, int]:
+    return {"target_tokens": 7 + step % 3}
+
+
+def changing_contexts(step: int) -> dict[str, int]:
+    return {"context_tokens": 18 - step, "target_tokens": 7 + step % 3}
+
+
+def trained(raw: dict[str, Any], sizes: Any = changing_targets) -> dict[str, Any]:
+    """In a rank: losses and gradient norms of some steps."""
     parts = build_parts(raw)
-    losses, norms = [], []
-    for step in range(steps):
-        losses += train_steps(parts, range(step, step + 1))
-        norms.append(float(parts.outcome.gradient_norm))
-    return {"losses": losses, "norms": norms}
+    told: dict[str, Any] = {"losses": [], "norms": []}
+    for step in range(STEPS):
+        told["losses"] += train_steps(parts, range(step, step + 1), sizes=sizes)
+        told["norms"].append(float(parts.outcome.gradient_norm))
+    return told
+
+
+def all_trained(cases: list[tuple]) -> list[dict[str, Any]]:
+    return [trained(*case) for case in cases]
 
 
 @once
-def of_one_process(micro: int, bf16: bool) -> dict[str, Any]:
-    changes = BF16 if bf16 else {}
-    return run_ranks(trained, 1, layout(1, train_micro_batch_size_per_gpu=micro, **changes))[0]
+def of_one_process() -> dict[tuple, dict[str, Any]]:
+    """By (images of a step, bf16, contexts of one length)."""
+    cases = {
+        (16, False, True): (layout(1),),
+        (12, False, True): (layout(1, batch=12),),
+        (16, True, True): (layout(1, **BF16),),
+        (16, False, False): (layout(1), changing_contexts),
+    }
+    return dict(zip(cases, run_ranks(all_trained, 1, list(cases.values()))[0], strict=True))
 
 
-@pytest.mark.parametrize(("stages", "ranks", "micro"), [(2, 2, 16), (2, 2, 4), (3, 3, 3), (2, 4, 2)])
-def test_losses_and_norms_are_those_of_one_process(stages: int, ranks: int, micro: int) -> None:
-    changes = {"train_batch_size": 12} if stages == 3 else {}
-    one = run_ranks(trained, 1, layout(1, train_micro_batch_size_per_gpu=micro, **changes))[0]
-    for rank in run_ranks(trained, ranks, layout(stages, train_micro_batch_size_per_gpu=micro, **changes)):
-        torch.testing.assert_close(rank["losses"], one["losses"], rtol=1e-6, atol=0)
-        torch.testing.assert_close(rank["norms"], one["norms"], rtol=1e-5, atol=0)
+def assert_equal(told: dict[str, Any], case: tuple, *, relative: float = 1e-6) -> None:
+    expected = of_one_process()[case]
+    torch.testing.assert_close(told["losses"], expected["losses"], rtol=relative, atol=0)
+    torch.testing.assert_close(told["norms"], expected["norms"], rtol=20 * relative, atol=0)
+
+
+def two_stages() -> dict[str, Any]:
+    """In a rank of two: all that two stages must do, in one start."""
+    contexts_of_many_lengths = layout(2, ijepa__masks={"sampler": "reference", "truncation_group": 16, "min_keep": 4})
+    return {
+        "accumulation 1": trained(layout(2, micro=16)),
+        "accumulation 4": trained(layout(2)),
+        "bf16": trained(layout(2, **BF16)),
+        "contexts": trained(contexts_of_many_lengths, changing_contexts),
+        "skips": [skips(layout(2), stage) for stage in (0, 1)] + [skips(layout(2, **BF16), 0)],
+        "resumed": resumed(layout(2)),
+    }
+
+
+def skips(raw: dict[str, Any], stage: int) -> bool:
+    """Whether a step moves nothing, and the next one does, after a gradient on one stage was not finite."""
+    parts = build_parts(raw)
+    trainable = parts.trainable
+    train_steps(parts, range(1))
+    before = held(parts)
+    if trainable.stage == stage:
+        poisoned = next(p for p in trainable.engine.module.parameters() if p.requires_grad)
+        handle = poisoned.register_hook(lambda gradient: gradient * math.nan)
+    train_steps(parts, range(1, 2))
+    applied, after = bool(parts.outcome.applied), held(parts)
+    if trainable.stage == stage:
+        handle.remove()
+    train_steps(parts, range(2, 3))
+    unmoved = all(torch.equal(before[name], after[name]) for name in before)
+    moved = not torch.equal(after["master/0"], held(parts)["master/0"])
+    return not applied and unmoved and bool(parts.outcome.applied) and moved
+
+
+def held(parts: Any) -> dict[str, torch.Tensor]:
+    state = parts.trainable.state()
+    tensors = {f"{kind}/{i}": t.clone() for kind, slices in state.slices.items() for i, (_, t) in enumerate(slices)}
+    return tensors | {f"steps/{group}": torch.stack(list(steps)) for group, steps in state.adam_steps.items()}
+
+
+def resumed(raw: dict[str, Any]) -> bool:
+    """Whether two steps, a checkpoint, and two more after reading it are four steps, to the last bit."""
+    whole = build_parts(raw)
+    train_steps(whole, range(2))
+    checkpoint = whole.save(FOLDER / "stages_2", 2)
+    losses = train_steps(whole, range(2, STEPS))
+    again = build_parts(raw)
+    assert again.load(checkpoint) == 2
+    same = train_steps(again, range(2, STEPS)) == losses
+    return same and all(torch.equal(t, held(again)[name]) for name, t in held(whole).items())
+
+
+@once
+def of_two_stages() -> list[dict[str, Any]]:
+    return run_ranks(two_stages, 2)
+
+
+def test_two_stages_learn_what_one_process_learns() -> None:
+    for told in of_two_stages():
+        assert_equal(told["accumulation 1"], (16, False, True))
+        assert_equal(told["accumulation 4"], (16, False, True))
+        assert_equal(told["bf16"], (16, True, True), relative=1e-3)
+        assert_equal(told["contexts"], (16, False, False))
+
+
+def test_a_gradient_that_is_not_finite_on_one_stage_skips_the_step_on_all() -> None:
+    assert [told["skips"] for told in of_two_stages()] == [[True] * 3] * 2
+
+
+def test_the_same_layout_resumes_to_the_last_bit() -> None:
+    assert all(told["resumed"] for told in of_two_stages())
+
+
+# ------------------------------------------------------------------------------------------- one layout after another
+
+
+def went_on(raw: dict[str, Any], before: str, after: str, step: int) -> tuple[dict[str, Any], list[float]]:
+    """In a rank: training as it is by itself, then a step from another layout's checkpoint, saved as another."""
+    told = trained(raw)
+    parts = build_parts(raw)
+    parts.load(checkpoint_of(before, step))
+    losses = train_steps(parts, range(step, step + 1))
+    parts.save(FOLDER / after, step + 1)
+    return told, losses
+
+
+def checkpoint_of(name: str, step: int) -> Path:
+    return FOLDER / name / "checkpoints" / f"step_{step:09d}" if name == ONE else FOLDER / name / f"step_{step:09d}"
+
+
+def test_any_layout_goes_on_from_any_other() -> None:
+    of_two_stages()  # leaves its checkpoint of step 2
+    # 2 stages -> 3 processes of ZeRO 2 -> 2 stages x 2 -> 3 stages
+    chain = [
+        (1, 3, {"batch": 12}, "stages_2", "zero_3"),
+        (2, 4, {}, "zero_3", "stages_2x2"),
+        (3, 3, {"batch": 12, "micro": 3}, "stages_2x2", "stages_3"),
+    ]
+    for step, (stages, ranks, sizes, before, after) in enumerate(chain, start=2):
+        raw = layout(stages, **{"micro": 4, **sizes})
+        results = run_ranks(went_on, ranks, raw, before, after, step)
+        alone = run_ranks(one_step_from, 1, layout(1, batch=raw["train_batch_size"]), before, step)[0]
+        for told, losses in results:
+            assert_equal(told, (raw["train_batch_size"], False, True))
+            torch.testing.assert_close(losses, alone, rtol=1e-6, atol=0)
+
+
+def one_step_from(raw: dict[str, Any], before: str, step: int) -> list[float]:
+    parts = build_parts(raw)
+    parts.load(checkpoint_of(before, step))
+    return train_steps(parts, range(step, step + 1))
