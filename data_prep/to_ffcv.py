@@ -25,11 +25,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs in a checkout that was not installed
 from data_prep.images import WRITE_MODES, Encoding, UnreadableImage, decode_rgb, encode_image, quiet_decoding
+from data_prep.parts import Part, parse_part, take_part
 from data_prep.sidecar import describe, packed_names, publish
 from data_prep.source import Source
 from data_prep.sources import open_source
 from ijepa_ds.errors import UserError, hide_finalizers_of_numba, listing, run_command
-from ijepa_ds.files import temporary_beside
+from ijepa_ds.files import shard_path, temporary_beside
 
 MAX_RESOLUTION = 8192  # of either side; an image must fit into one page of memory per worker
 NUM_PROBES = 16  # images that are encoded before the start, to see whether the disk has room
@@ -41,7 +42,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line and fill in the defaults that depend on the machine or on another option."""
+    """Read the command line and fill in what depends on the machine or on another option."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="to_ffcv.py", description=__doc__, formatter_class=layout)
     add = parser.add_argument
@@ -58,6 +59,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--smart-threshold", type=int, metavar="BYTES", help="smart: raw images above this are stored as JPEG")
     add("--workers", type=int, metavar="N", help="processes (default: the cores that this process may use)")
     add("--limit", type=int, metavar="N", help="only N images, evenly spread over the source")
+    add("--shard", metavar="I/N", help="convert the I-th of N parts, into OUT-I-of-N.beton: one on each of N machines")
     add("--split", help="CLEVR: which split")
     kit = "labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz or its folder"
     add("--devkit", metavar="PATH", help=kit)
@@ -70,6 +72,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.workers = len(os.sched_getaffinity(0))
     if arguments.max_resolution is None:
         arguments.max_resolution = min(2 * (arguments.resize_short or 256), MAX_RESOLUTION)
+    if arguments.shard is not None:
+        arguments.shard = parse_part(arguments.shard)
+        if arguments.out is not None and arguments.out.endswith(".beton"):
+            arguments.out = shard_path(arguments.out, *arguments.shard)
     return arguments
 
 
@@ -128,7 +134,10 @@ def _check_range(arguments: argparse.Namespace) -> None:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Convert SOURCE into OUT.beton and describe it in OUT.beton.json. Returns the exit code."""
-    source = choose_samples(arguments)
+    source, part = choose_samples(arguments), None
+    if arguments.shard is not None:
+        source, part = take_part(source, *arguments.shard)
+        print(f"--shard {part.index}/{part.of}: {len(source):,} of them, from number {part.first:,} on")
     encoding = Encoding(
         max_resolution=arguments.max_resolution,
         resize_short=arguments.resize_short,
@@ -139,7 +148,7 @@ def convert(arguments: argparse.Namespace) -> int:
     )
     started = time.monotonic()
     try:
-        num_samples = write_beton(arguments, source, encoding)
+        num_samples = write_beton(arguments, source, encoding, part)
     except OSError as error:
         why = error.strerror or str(error)
         message = f"cannot write {arguments.out} ({why}): make room, mend that or choose another place"
@@ -173,7 +182,7 @@ def choose_samples(arguments: argparse.Namespace) -> Source:
     return source
 
 
-def write_beton(arguments: argparse.Namespace, source: Source, encoding: Encoding) -> int:
+def write_beton(arguments: argparse.Namespace, source: Source, encoding: Encoding, part: Part | None) -> int:
     """Write OUT.beton and its note; returns how many samples it has. Raises OSError where it cannot be written."""
     folder = os.path.dirname(os.path.abspath(arguments.out))
     os.makedirs(folder, exist_ok=True)
@@ -184,14 +193,14 @@ def write_beton(arguments: argparse.Namespace, source: Source, encoding: Encodin
     with temporary_beside(arguments.out) as temporary:
         workers, resolution = min(arguments.workers, len(source)), encoding.max_resolution
         writer = BetonWriter(str(temporary), labels=source.labels, max_resolution=resolution, num_workers=workers)
-        writer.write(source, encoding)
+        writer.write(source, encoding, first=part.first if part else 0)
         report_unreadable(source, writer.unreadable)
         if writer.unreadable and not arguments.skip_unreadable:
             raise UserError(
                 f"{len(writer.unreadable)} of {len(source)} files could not be read (listed above), so {arguments.out} "
                 "was not written: mend or remove them, or give --skip-unreadable to leave them out"
             )
-        note = describe(writer, source, encoding, given_source=arguments.source, limit=arguments.limit)
+        note = describe(writer, source, encoding, given_source=arguments.source, limit=arguments.limit, part=part)
         publish(arguments.out, temporary, note, packed_names(writer, source))
     return len(writer.rows)
 

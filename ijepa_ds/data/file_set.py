@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import json
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_ds.errors import UserError, some
+from ijepa_ds.files import SHARD_NAME
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]  # one file, a pattern with *, or a list of both
-SHARD_NAME = re.compile(r"(?P<stem>.*)-(?P<index>\d+)-of-(?P<of>\d+)\.beton")
 _CONVERT = "python data_prep/to_ffcv.py SOURCE"
 
 
@@ -31,11 +30,6 @@ class Shard:
     index: int
     of: int
     listing: str | None  # what the whole conversion's images were, as a checksum; None where no note tells it
-
-
-def shard_path(out: str, index: int, of: int) -> str:
-    """Where part ``index`` of ``of`` is written: ``train.beton`` becomes ``train-02-of-16.beton``, sorted by name."""
-    return f"{out.removesuffix('.beton')}-{index:0{len(str(of))}d}-of-{of}.beton"
 
 
 def files_of(paths: Paths) -> list[str]:

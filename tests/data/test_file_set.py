@@ -14,10 +14,10 @@ from conftest import smooth_image
 
 from ijepa_ds.data.beton import Tables, class_names, image_sizes, inspect_dataset, read_labels, read_names
 from ijepa_ds.data.ffcv_pipeline import DecodeError, refuse_failed
-from ijepa_ds.data.file_set import shard_path
 from ijepa_ds.data.mapped_files import map_files, starts_of
 from ijepa_ds.data.pretraining_loader import PretrainingLoader
 from ijepa_ds.errors import UserError
+from ijepa_ds.files import shard_path
 from ijepa_ds.method.masks import MultiblockSampler
 
 NUM_IMAGES, GLOBAL_BATCH, STEPS = 28, 8, 6  # two epochs of three steps; four images are left out in each
