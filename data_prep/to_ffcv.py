@@ -3,8 +3,8 @@
     python data_prep/to_ffcv.py SOURCE OUT.beton [--max-resolution 512] [--jpeg-quality 90] [--workers N] ...
     python data_prep/to_ffcv.py --verify FILE.beton
 
-SOURCE is a folder of class folders, a folder of images, one of ImageNet's tar files, or a folder in CLEVR's layout:
-see docs/data.md.
+SOURCE is a folder of class folders or of images, one of ImageNet's tar files, WebDataset tars, Parquet or Arrow files,
+or a folder in CLEVR's layout: see docs/data.md.
 The file appears under its name only when it is complete.
 """
 
@@ -46,7 +46,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="to_ffcv.py", description=__doc__, formatter_class=layout)
     add = parser.add_argument
-    add("source", nargs="?", metavar="SOURCE", help="folder, ImageNet tar, or folder in CLEVR's layout")
+    add("source", nargs="?", metavar="SOURCE", help="folder, tar, table, or a quoted pattern of files")
     add("out", nargs="?", metavar="OUT.beton")
     add("--verify", metavar="FILE.beton", help="check a .beton: checksum, and that every sample decodes")
     bound = "bound of the longer side (default 512, or 2 x --resize-short)"
