@@ -2,6 +2,7 @@
 
     python data_prep/to_ffcv.py SOURCE OUT.beton [--max-resolution 512] [--jpeg-quality 90] [--workers N] ...
     python data_prep/to_ffcv.py --verify FILE.beton
+    python data_prep/to_ffcv.py FILE.beton --unpack FOLDER
 
 SOURCE is a folder of class folders or of images, one of ImageNet's tar files, WebDataset tars, Parquet or Arrow files,
 or a folder in CLEVR's layout: see docs/data.md.
@@ -49,6 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("source", nargs="?", metavar="SOURCE", help="folder, tar, table, or a quoted pattern of files")
     add("out", nargs="?", metavar="OUT.beton")
     add("--verify", metavar="FILE.beton", help="check a .beton: checksum, and that every sample decodes")
+    add("--unpack", metavar="FOLDER", help="write the images and labels of SOURCE, a .beton, back into a new folder")
     bound = "bound of the longer side (default 512, or 2 x --resize-short)"
     add("--max-resolution", type=int, metavar="PIXELS", help=bound)
     short = "shrink so that the shorter side has this (default: no)"
@@ -83,9 +85,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UserError for values and combinations that cannot be meant."""
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}: give 1 or more")
-    if arguments.verify is not None and arguments.source is not None:
+    if arguments.verify is not None and (arguments.source is not None or arguments.unpack is not None):
         raise UserError("--verify checks a finished file: give either --verify FILE.beton, or SOURCE and OUT.beton")
-    if arguments.verify is not None:
+    if arguments.unpack is not None and (arguments.source is None or arguments.out is not None):
+        raise UserError("--unpack writes into its FOLDER: give FILE.beton --unpack FOLDER, and no OUT.beton")
+    if arguments.verify is not None or arguments.unpack is not None:
         return
     if arguments.out is None:
         raise UserError(
@@ -271,6 +275,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from data_prep.beton_check import verify
 
                 return verify(arguments.verify, num_workers=arguments.workers)
+            if arguments.unpack is not None:
+                from data_prep.unpack import unpack
+
+                return unpack(arguments.source, arguments.unpack, num_workers=arguments.workers)
             return convert(arguments)
     except KeyboardInterrupt as interrupt:
         print("\ninterrupted: nothing was kept", file=sys.stderr)
