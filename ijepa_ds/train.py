@@ -85,7 +85,7 @@ def check_before_building(config: Config) -> tuple[Dataset, MaskSampler]:
         inspect_dataset(data.validation)
     if dataset.num_samples < config.global_batch:
         raise UserError(
-            f"{data.train} holds {dataset.num_samples} images, fewer than one global batch; lower train_batch_size = "
+            f"{dataset.path} holds {dataset.num_samples} images, fewer than one global batch; lower train_batch_size = "
             f"{config.global_batch}"
         )
     check_stages(config)

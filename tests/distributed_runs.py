@@ -64,23 +64,29 @@ def once(function: Callable) -> Callable:
 # ------------------------------------------------------------------------------------------------------ data, config
 
 
-def write_beton(path: Path, *, num_images: int = NUM_IMAGES, size: int = 32, labels: bool = True) -> Path:
-    """Raw images of four classes (colours), with an integer ``label`` and a float ``depth``.
+def write_beton(
+    path: Path, *, num_images: int = NUM_IMAGES, size: int = 32, labels: bool = True, first: int = 0
+) -> Path:
+    """Raw images of four classes (colours), from number ``first`` on, with an integer ``label`` and a float ``depth``.
 
     In a process of its own: ffcv's writer forks.
     """
-    _run_forked(_write_beton, path, num_images, size, labels)
+    _run_forked(_write_beton, path, _Images(num_images, size, labels, first))
     return path
 
 
+@dataclass
 class _Images:
-    def __init__(self, num_images: int, size: int, labels: bool):
-        self.num_images, self.size, self.labels = num_images, size, labels
+    num_images: int
+    size: int
+    labels: bool
+    first: int
 
     def __len__(self) -> int:
         return self.num_images
 
-    def __getitem__(self, index: int) -> tuple:
+    def __getitem__(self, position: int) -> tuple:
+        index = self.first + position
         draw = np.random.default_rng(index)
         label = index % 4
         image = draw.integers(0, 128, (self.size, self.size, 3)) + 32 * np.array([label, 3 - label, label // 2])
@@ -88,15 +94,15 @@ class _Images:
         return (image.astype(np.uint8), *((label, float(label) + float(draw.random())) if self.labels else ()))
 
 
-def _write_beton(path: Path, num_images: int, size: int, labels: bool) -> None:
+def _write_beton(path: Path, images: _Images) -> None:
     from ffcv.fields import FloatField, IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
     fields = {"image": RGBImageField(write_mode="raw")}
-    if labels:
+    if images.labels:
         fields |= {"label": IntField(), "depth": FloatField()}
     writer = DatasetWriter(str(path), fields, num_workers=1)
-    writer.from_indexed_dataset(_Images(num_images, size, labels))
+    writer.from_indexed_dataset(images)
 
 
 @once
