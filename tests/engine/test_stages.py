@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+import os
+import signal
 from typing import Any
 
+import pytest
 import torch
 from distributed_runs import (
     FOLDER,
+    bare_run,
     build_parts,
     once,
     run_ranks,
+    run_training,
     tiny_config,
     train_steps,
 )
 
-STEPS = 4
+STEPS = 3
 BF16 = {"bf16": {"enabled": True}}
-ONE = "one process"  # a layout: ZeRO 2
 
 
 def layout(stages: int, micro: int = 4, batch: int = 16, **changes: Any) -> dict[str, Any]:
@@ -146,38 +149,88 @@ def test_the_same_layout_resumes_to_the_last_bit() -> None:
 # ------------------------------------------------------------------------------------------- one layout after another
 
 
-def went_on(raw: dict[str, Any], before: str, after: str, step: int) -> tuple[dict[str, Any], list[float]]:
-    """In a rank: training as it is by itself, then a step from another layout's checkpoint, saved as another."""
-    told = trained(raw)
+# 2 stages -> 3 processes of ZeRO 2 -> 2 stages x 2 -> 3 stages: (stages, processes, sizes, checkpoint read, written).
+CHAIN = [
+    (1, 3, {"batch": 12}, "stages_2", "zero_3"),
+    (2, 4, {}, "zero_3", "stages_2x2"),
+    (3, 3, {"batch": 12, "micro": 3}, "stages_2x2", "stages_3"),
+]
+FIRST = 2  # the step of the first checkpoint
+
+
+def went_on(raw: dict[str, Any], before: str, after: str, step: int) -> dict[str, Any]:
+    """In a rank: training as it is by itself (stages alone), then a step from another layout's checkpoint."""
+    told = trained(raw) if raw["ijepa"]["pipeline"]["stages"] > 1 else {}
     parts = build_parts(raw)
-    parts.load(checkpoint_of(before, step))
-    losses = train_steps(parts, range(step, step + 1))
-    parts.save(FOLDER / after, step + 1)
-    return told, losses
+    return {**told, "went on": one_step_from(parts, before, step), "saved": parts.save(FOLDER / after, step + 1)}
 
 
-def checkpoint_of(name: str, step: int) -> Path:
-    return FOLDER / name / "checkpoints" / f"step_{step:09d}" if name == ONE else FOLDER / name / f"step_{step:09d}"
+def one_step_from(parts: Any, before: str, step: int) -> list[float]:
+    parts.load(FOLDER / before / f"step_{step:09d}")
+    return train_steps(parts, range(step, step + 1))
+
+
+def went_on_alone() -> list[list[float]]:
+    """In one process: the steps that the chain's layouts take."""
+    steps = enumerate(CHAIN, start=FIRST)
+    return [
+        one_step_from(build_parts(layout(1, batch=sizes.get("batch", 16))), before, step)
+        for step, (_, _, sizes, before, _) in steps
+    ]
 
 
 def test_any_layout_goes_on_from_any_other() -> None:
-    of_two_stages()  # leaves its checkpoint of step 2
-    # 2 stages -> 3 processes of ZeRO 2 -> 2 stages x 2 -> 3 stages
-    chain = [
-        (1, 3, {"batch": 12}, "stages_2", "zero_3"),
-        (2, 4, {}, "zero_3", "stages_2x2"),
-        (3, 3, {"batch": 12, "micro": 3}, "stages_2x2", "stages_3"),
+    of_two_stages()  # leaves its checkpoint
+    losses = []
+    for step, (stages, ranks, sizes, before, after) in enumerate(CHAIN, start=FIRST):
+        results = run_ranks(went_on, ranks, layout(stages, **sizes), before, after, step)
+        for told in results if stages > 1 else []:
+            assert_equal(told, (sizes.get("batch", 16), False, True))
+        losses.append([told["went on"] for told in results])
+    for of_ranks, alone in zip(losses, run_ranks(went_on_alone, 1)[0], strict=True):
+        for of_rank in of_ranks:
+            torch.testing.assert_close(of_rank, alone, rtol=1e-6, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------------- a real run
+
+
+def stop_after_the_second_step() -> None:
+    """In a rank: SIGTERM to rank 1 alone, which all hear of."""
+    from ijepa_ds.engine.stages import Stages
+
+    step = Stages.step
+
+    def stopped(self: Any, *arguments: Any) -> Any:
+        outcome = step(self, *arguments)
+        if self.process.rank == 1 and (steps := getattr(self, "steps", 0) + 1) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.steps = steps if self.process.rank == 1 else 0
+        return outcome
+
+    Stages.step = stopped  # type: ignore[method-assign]
+
+
+def test_a_stopped_run_goes_on_and_is_that_of_one_process() -> None:
+    raw = layout(2, ijepa__run__name="two_stages")
+    stopped = run_training(raw, 2, prepare=stop_after_the_second_step)
+    assert stopped.exit_codes == [0, 0], stopped.output
+    assert stopped.checkpoints == ["step_000000003"]  # a step later, as several processes hear of it
+    ended = run_training(raw, 2)
+    assert ended.exit_codes == [0, 0], ended.output
+    assert "2 pipeline stages x 1" in ended.output and "going on from step 3" in ended.output
+    torch.testing.assert_close(ended.losses, bare_run(1).losses, rtol=1e-6, atol=0)
+
+
+@pytest.mark.long
+def test_the_released_codes_masks_come_in_contexts_of_many_lengths() -> None:
+    changes = {
+        "ijepa__masks": {"sampler": "reference", "truncation_group": 4, "min_keep": 4},
+        "ijepa__run__stop_after_steps": 3,
+    }
+    runs = [
+        run_training(layout(stages, ijepa__run__name=f"reference_{stages}", **changes), stages) for stages in (1, 2)
     ]
-    for step, (stages, ranks, sizes, before, after) in enumerate(chain, start=2):
-        raw = layout(stages, **{"micro": 4, **sizes})
-        results = run_ranks(went_on, ranks, raw, before, after, step)
-        alone = run_ranks(one_step_from, 1, layout(1, batch=raw["train_batch_size"]), before, step)[0]
-        for told, losses in results:
-            assert_equal(told, (raw["train_batch_size"], False, True))
-            torch.testing.assert_close(losses, alone, rtol=1e-6, atol=0)
-
-
-def one_step_from(raw: dict[str, Any], before: str, step: int) -> list[float]:
-    parts = build_parts(raw)
-    parts.load(checkpoint_of(before, step))
-    return train_steps(parts, range(step, step + 1))
+    assert len(runs[0].losses) == 3
+    torch.testing.assert_close(runs[1].losses, runs[0].losses, rtol=1e-6, atol=0)
