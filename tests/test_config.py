@@ -316,6 +316,20 @@ def test_zero_stages_up_to_two_are_accepted(stage):
             {"train_micro_batch_size_per_gpu": 48},
             "train_micro_batch_size_per_gpu = 48 does not divide train_batch_size = 128",
         ),
+        (
+            {"ijepa__pipeline": {"stages": 2}, "zero_optimization": {"stage": 2}},
+            "zero_optimization.stage = 2 does not go with ijepa.pipeline.stages = 2; set 1: a pipeline adds up whole "
+            "gradients and shards AdamW's state",
+        ),
+        (
+            {
+                "ijepa__pipeline": {"stages": 3},
+                "zero_optimization": {"stage": 1},
+                "train_micro_batch_size_per_gpu": 32,
+            },
+            "train_micro_batch_size_per_gpu = 32 does not divide by ijepa.pipeline.stages = 3, whose processes share "
+            "the target encoder's work on a micro-batch",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(changes, line):
@@ -550,6 +564,7 @@ CHANGEABLE = {
     "ijepa__monitor": {"log_steps": 1, "knn_epochs": 1},
     "ijepa__checkpoint": {"minutes": 1, "steps": 2, "keep": 3},
     "ijepa__compile": True,
+    "ijepa__pipeline": {"stages": 1, "largest_bubble": 0.5},
 }
 FIXED = {
     "train_batch_size": 256,

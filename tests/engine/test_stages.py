@@ -85,6 +85,7 @@ def two_stages() -> dict[str, Any]:
         "contexts": trained(contexts_of_many_lengths, changing_contexts),
         "skips": [skips(layout(2), stage) for stage in (0, 1)] + [skips(layout(2, **BF16), 0)],
         "resumed": resumed(layout(2)),
+        "rehearsed": rehearsed(layout(2)),
     }
 
 
@@ -125,6 +126,21 @@ def resumed(raw: dict[str, Any]) -> bool:
     return same and all(torch.equal(t, held(again)[name]) for name, t in held(whole).items())
 
 
+def rehearsed(raw: dict[str, Any]) -> list[float]:
+    """Losses after every shape was compiled and tried, of which nothing may remain."""
+    from ijepa_ds.engine.warm_up import Shapes, compile_and_warm_up
+
+    parts = build_parts(raw)
+    # Made-up batches are [B, 3, H, W] already, the warm-up's zeros are as the loader's.
+    as_made_up = parts.trainable.to_input
+    parts.trainable.to_input = lambda images: as_made_up(
+        images.permute(0, 3, 1, 2) if images.dtype == torch.uint8 else images
+    )
+    shapes = Shapes(num_images=4, image_size=(32, 32), context_tokens=18, num_targets=4, target_tokens=[9, 8, 7])
+    compile_and_warm_up(parts.trainable, shapes, parts.process, backend="eager")
+    return train_steps(parts, range(STEPS), sizes=changing_targets)
+
+
 @once
 def of_two_stages() -> list[dict[str, Any]]:
     return run_ranks(two_stages, 2)
@@ -136,6 +152,11 @@ def test_two_stages_learn_what_one_process_learns() -> None:
         assert_equal(told["accumulation 4"], (16, False, True))
         assert_equal(told["bf16"], (16, True, True), relative=1e-3)
         assert_equal(told["contexts"], (16, False, False))
+
+
+def test_a_rehearsal_of_every_shape_leaves_nothing_behind() -> None:
+    for told in of_two_stages():
+        torch.testing.assert_close(told["rehearsed"], told["accumulation 4"]["losses"], rtol=1e-6, atol=0)
 
 
 def test_a_gradient_that_is_not_finite_on_one_stage_skips_the_step_on_all() -> None:
