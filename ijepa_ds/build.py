@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from ijepa_ds.config import Config
 from ijepa_ds.data.beton import Dataset
 from ijepa_ds.data.pretraining_loader import PretrainingLoader
-from ijepa_ds.distributed import Process, leave_to_main_process
+from ijepa_ds.distributed import Process
+from ijepa_ds.stage_balance import bubble
 from ijepa_ds.errors import UserError
 from ijepa_ds.method.encoder import Dimensions, VisionTransformer, dimensions_of, set_attention
 from ijepa_ds.method.flops import Shapes
@@ -124,7 +126,7 @@ def build_loader(config: Config, dataset: Dataset, sampler: MaskSampler, reader:
         crop_scale=data.crop_scale,
         crop_ratio=data.crop_ratio,
         global_batch=config.global_batch,
-        micro_batch=config.micro_batch,
+        micro_batch=config.micro_batch // config.ijepa.pipeline.stages,
         share=(reader.data_rank, reader.data_ranks),
         num_workers=data.workers,
     )
@@ -134,7 +136,12 @@ def is_compiled(config: Config, device: torch.device) -> bool:
     """Whether the blocks run compiled: where the config does not say, on GPUs and with contexts of one length."""
     if config.ijepa.compile is not None:
         return config.ijepa.compile
-    return device.type == "cuda" and config.ijepa.masks.sampler == "multiblock"
+    return device.type == "cuda" and is_multiblock(config)
+
+
+def is_multiblock(config: Config) -> bool:
+    """Whether all contexts have one length."""
+    return config.ijepa.masks.sampler == "multiblock"
 
 
 def schedules_of(config: Config, steps_per_epoch: int) -> Schedules:
@@ -143,20 +150,50 @@ def schedules_of(config: Config, steps_per_epoch: int) -> Schedules:
     return build_schedules(steps_per_epoch=steps_per_epoch, **recipe)
 
 
+def check_stages(config: Config) -> None:
+    """Refuse more pipeline stages than the model has layers."""
+    stages, layers = config.ijepa.pipeline.stages, encoder_dimensions(config).depth + 3
+    if stages > layers:
+        raise UserError(
+            f"ijepa.pipeline.stages = {stages} is more than the model's {layers} layers (embedding, blocks, norm, "
+            f"predictor); set at most {layers}"
+        )
+
+
 def check_batch(config: Config, process: Process) -> None:
-    """Refuse a global batch that the processes cannot share."""
-    share = config.micro_batch * process.world_size
+    """Refuse a global batch that the processes cannot share, or stages that would wait too long for one another."""
+    stages = config.ijepa.pipeline.stages
+    if process.world_size % stages:
+        raise UserError(
+            f"ijepa.pipeline.stages = {stages} does not divide {process.world_size} processes; use another number of "
+            "one or the other"
+        )
+    replicas = process.world_size // stages
+    share = config.micro_batch * replicas
     if config.global_batch % share:
-        usable = [n for n in range(1, config.micro_batch + 1) if config.global_batch % (n * process.world_size) == 0]
+        sizes = range(stages, config.micro_batch + 1, stages)
+        usable = [n for n in sizes if config.global_batch % (n * replicas) == 0]
         cure = (
             f"set train_micro_batch_size_per_gpu to {usable[-1]}"
             if usable
             else "use a number of processes that divides train_batch_size"
         )
-        leave_to_main_process()
         raise UserError(
             f"train_batch_size = {config.global_batch} does not divide into {process.world_size} processes with "
             f"train_micro_batch_size_per_gpu = {config.micro_batch}; {cure}"
+        )
+    check_bubble(config, config.global_batch // share)
+
+
+def check_bubble(config: Config, micro_batches: int) -> None:
+    """Refuse a pipeline that waits for a larger share of its time than the config allows."""
+    pipeline = config.ijepa.pipeline
+    waits = bubble(pipeline.stages, micro_batches)
+    if waits > pipeline.largest_bubble:
+        raise UserError(
+            f"{micro_batches} micro-batches a step keep {pipeline.stages} pipeline stages waiting for {waits:.0%} of "
+            f"their time, more than ijepa.pipeline.largest_bubble = {pipeline.largest_bubble:g}; lower "
+            "train_micro_batch_size_per_gpu, or allow more"
         )
 
 
@@ -176,6 +213,17 @@ def shapes_of(config: Config) -> Shapes:
     model, encoder = config.ijepa.model, encoder_dimensions(config)
     predictor = Dimensions(model.predictor_width, model.predictor_depth, model.predictor_heads or encoder.heads)
     return Shapes(encoder, predictor, model.patch_size, config.grid[0] * config.grid[1])
+
+
+def layer_costs(config: Config) -> list[float]:
+    """By what the trained layers are cut into pipeline stages: their operations for a mean number of tokens."""
+    sampler = build_sampler(config)
+    tokens = statistics.fmean(sampler.block_sizes(step).target_tokens for step in range(256))
+    return shapes_of(config).trained_layers(
+        context_tokens=config.ijepa.masks.context_tokens or default_context_tokens(config.grid),
+        target_tokens=round(tokens),
+        num_targets=config.ijepa.masks.num_targets,
+    )
 
 
 def computing_dtype(config: Config) -> torch.dtype:

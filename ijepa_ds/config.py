@@ -146,6 +146,15 @@ class CheckpointConfig(Checked):
     keep: Count = changeable_on_resume(2, "checkpoints that stay")
 
 
+class PipelineConfig(Checked):
+    """The trained networks cut into stages, each on devices of its own; see docs/scaling.md."""
+
+    stages: Count = changeable_on_resume(1, "parts that follow one another; 1: none, every process has it all (ZeRO)")
+    largest_bubble: Unit = changeable_on_resume(
+        0.2, "share of a stage's time, waiting for the first or last micro-batches, above which a run is refused"
+    )
+
+
 class IJEPAConfig(Checked):
     """The settings of this project."""
 
@@ -156,6 +165,7 @@ class IJEPAConfig(Checked):
     optimization: OptimizationConfig = OptimizationConfig()
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     compile: bool | None = changeable_on_resume(
         None, "torch.compile of the transformer blocks, for every shape before the first step; null: on GPUs"
     )
@@ -354,10 +364,22 @@ def _disagreements(raw: dict[str, Any], ijepa: IJEPAConfig | None) -> list[str]:
         )
     if ijepa is not None:
         problems += _disagreements_of_ours(ijepa)
+        stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+        if ijepa.pipeline.stages > 1 and stage != 1:
+            problems.append(
+                f"zero_optimization.stage = {stage} does not go with ijepa.pipeline.stages = {ijepa.pipeline.stages}; "
+                "set 1: a pipeline adds up whole gradients and shards AdamW's state"
+            )
     batch, micro = raw.get("train_batch_size"), raw.get("train_micro_batch_size_per_gpu")
     if type(batch) is type(micro) is int and min(batch, micro) >= 1:
         if batch % micro:
             problems.append(f"train_micro_batch_size_per_gpu = {micro} does not divide train_batch_size = {batch}")
+        stages = ijepa.pipeline.stages if ijepa is not None else 1
+        if micro % stages:
+            problems.append(
+                f"train_micro_batch_size_per_gpu = {micro} does not divide by ijepa.pipeline.stages = {stages}, whose "
+                "processes share the target encoder's work on a micro-batch"
+            )
         group = ijepa.masks.truncation_group if ijepa is not None and ijepa.masks.sampler == "reference" else batch
         if group != batch and (group % micro or batch % group):
             problems.append(

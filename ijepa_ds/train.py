@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,10 +23,13 @@ from ijepa_ds.build import (
     build_sampler,
     build_target,
     check_batch,
+    check_stages,
     computing_dtype,
     encoder_dimensions,
     input_of_encoder,
     is_compiled,
+    is_multiblock,
+    layer_costs,
     schedules_of,
     shapes_of,
     working_dtype,
@@ -36,7 +40,8 @@ from ijepa_ds.data.pretraining_loader import Batch, PretrainingLoader
 from ijepa_ds.distributed import Process, Votes, from_main, leave_to_main_process
 from ijepa_ds.engine.checkpoint import load
 from ijepa_ds.engine.checkpoint_files import checkpoint_step
-from ijepa_ds.engine.trainable import Outcome, Trainable
+from ijepa_ds.engine.stages import Stages
+from ijepa_ds.engine.trainable import Outcome, ShardedTrainable, Trainable
 from ijepa_ds.engine.warm_up import Shapes, compile_and_warm_up, warm_up
 from ijepa_ds.engine.zero import Zero, init_distributed
 from ijepa_ds.errors import UserError
@@ -52,6 +57,7 @@ from ijepa_ds.run.monitor import Monitor
 from ijepa_ds.run.observer import Observer
 from ijepa_ds.run.saving import Saver
 from ijepa_ds.run.stop import StopRequest
+from ijepa_ds.stage_balance import split_layers
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,7 +88,7 @@ def check_before_building(config: Config) -> tuple[Dataset, MaskSampler]:
             f"{data.train} holds {dataset.num_samples} images, fewer than one global batch; lower train_batch_size = "
             f"{config.global_batch}"
         )
-    encoder_dimensions(config)
+    check_stages(config)
     sampler = build_sampler(config)
     folder = RunFolder(config)
     folder.check_writable()
@@ -95,7 +101,11 @@ def train(config: Config, dataset: Dataset, sampler: MaskSampler) -> None:
     low_precision = working_dtype(config) == torch.bfloat16 or autocast_dtype(config) is not None
     set_numerics(low_precision=low_precision, deterministic=config.ijepa.run.deterministic)
     process = init_distributed()
-    check_batch(config, process)
+    try:
+        check_batch(config, process)
+    except UserError:
+        leave_to_main_process()
+        raise
     trainable = build_trainable(config, process)
     try_shapes(config, sampler, trainable, process)
     loader = build_loader(config, dataset, sampler, trainable)
@@ -111,7 +121,7 @@ def train(config: Config, dataset: Dataset, sampler: MaskSampler) -> None:
         run.finish(step)
 
 
-def try_shapes(config: Config, sampler: MaskSampler, trainable: Zero, process: Process) -> None:
+def try_shapes(config: Config, sampler: MaskSampler, trainable: ShardedTrainable, process: Process) -> None:
     """Compile for every shape of micro-batch, or on a GPU at least try the largest, before the first step."""
     if isinstance(sampler, ReferenceSampler):
         return  # its contexts have as many lengths as there are patches
@@ -128,20 +138,21 @@ def try_shapes(config: Config, sampler: MaskSampler, trainable: Zero, process: P
         warm_up(trainable, dataclasses.replace(shapes, target_tokens=shapes.target_tokens[:1]), process)
 
 
-def build_trainable(config: Config, process: Process) -> Zero:
+def build_trainable(config: Config, process: Process) -> Zero | Stages:
     """The engine that ``config`` asks for: the one place that knows."""
-    optimization = config.ijepa.optimization
-    return Zero(
-        build_ijepa(config),
-        build_target(config),
-        process,
-        settings=config.deepspeed,
-        betas=optimization.betas,
-        eps=optimization.eps,
-        to_input=input_of_encoder(config, process.device, working_dtype(config)),
-        autocast=autocast_dtype(config),
-        batches_at_once=micro_batches_at_once(config, process),
-    )
+    optimization, stages = config.ijepa.optimization, config.ijepa.pipeline.stages
+    settings: dict[str, Any] = {
+        "settings": config.deepspeed,
+        "betas": optimization.betas,
+        "eps": optimization.eps,
+        "to_input": input_of_encoder(config, process.device, working_dtype(config)),
+        "autocast": autocast_dtype(config),
+        "batches_at_once": micro_batches_at_once(config, process),
+    }
+    if stages == 1:
+        return Zero(build_ijepa(config), build_target(config), process, **settings)
+    settings |= {"bounds": split_layers(layer_costs(config), stages), "same_shapes": is_multiblock(config)}
+    return Stages(build_ijepa(config), build_target(config), process, **settings)
 
 
 def micro_batches_at_once(config: Config, process: Process) -> int:
@@ -154,7 +165,7 @@ def micro_batches_at_once(config: Config, process: Process) -> int:
         return 1
     patches = config.grid[0] * config.grid[1]
     kept = config.ijepa.masks.context_tokens or default_context_tokens(config.grid)
-    micro_batches = config.global_batch // (config.micro_batch * process.world_size)
+    micro_batches = config.global_batch * config.ijepa.pipeline.stages // (config.micro_batch * process.world_size)
     most = max(1, encoder_dimensions(config).depth * kept // patches)
     # Of equal numbers: each has its own compiled code.
     return max(count for count in range(1, min(micro_batches, most) + 1) if micro_batches % count == 0)
@@ -312,7 +323,7 @@ class Run:
             f"{config.ijepa.run.name}: encoder {millions['context_encoder']:.1f} M, predictor "
             f"{millions['predictor']:.1f} M parameters; {loader.dataset.num_samples} images, "
             f"{loader.steps_per_epoch} steps an epoch, {self.total_steps} in all\n"
-            f"batch {config.global_batch} = {self.trainable.data_ranks} processes x {config.micro_batch} images x "
+            f"batch {config.global_batch} = {self.trainable.data_ranks} processes x {loader.micro_batch} images x "
             f"{loader.micro_batches_per_step} micro-batches; {self.trainable.describe()}, "
             f"{self.process.device.type} with {self.meter.peak_flops / 1e12:.3g} TFLOP/s in a product; "
             f"{loader.pipeline.num_workers} loading threads a process\n"

@@ -510,7 +510,7 @@ def train_steps(
     from ijepa_ds.method.schedules import Hyperparameters
 
     trainable, config, losses = parts.trainable, parts.config, []
-    size = config.micro_batch
+    size = config.micro_batch // config.ijepa.pipeline.stages
 
     def batches(step: int) -> Iterator[MadeUpBatch]:
         images, context, targets = made_up_batch(config, step)

@@ -32,7 +32,7 @@ class Plain(ShardedTrainable):
         process = Process(0, 1, device or torch.device("cpu"))
         model = model.to(process.device)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        adam = build_optimizer(model, betas=betas, eps=eps)
+        adam = build_optimizer(model.named_parameters(), betas=betas, eps=eps)
         groups = [group["params"] for group in adam.param_groups]
         shards = replicated_shards(groups, groups, adam.param_groups, names)
         super().__init__(model, target, shards, adam, process, to_input=to_input)

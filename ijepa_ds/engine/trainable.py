@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_ds.distributed import Process
-from ijepa_ds.engine.moving_average import MovingAverage
+from ijepa_ds.engine.moving_average import MovingAverage, Relay
 from ijepa_ds.engine.shards import MasterShard, Slices, publish_masters
 from ijepa_ds.engine.target_encoder import TargetEncoder
 from ijepa_ds.method.encoder import VisionTransformer
@@ -92,6 +92,7 @@ class ShardedTrainable:
         shards: this process's masters, all groups.
         adam: the AdamW that moves them.
         to_input: images of a batch -> the encoders' input [B, 3, H, W].
+        relay: for the average, where other stages hold a part of the context encoder.
     """
 
     def __init__(
@@ -104,13 +105,15 @@ class ShardedTrainable:
         *,
         to_input: Callable[[Tensor], Tensor],
         autocast: torch.dtype | None = None,
+        relay: Relay | None = None,
     ) -> None:
         self.module, self.shards, self.adam, self.process = module, shards, adam, process
-        self.average = MovingAverage([shard for shard in shards if shard.group.startswith(CONTEXT_ENCODER)])
+        self.average = MovingAverage(of_context_encoder(shards), relay)
         self.target_encoder = TargetEncoder(target, self.average, autocast=autocast)
         self.to_input = to_input
         self.batches_at_once = 1  # micro-batches of one forward pass of the target encoder
         self.data_rank, self.data_ranks = process.rank, process.world_size
+        self.owned = process.is_main or shards[0].process_group is not None
         self.num_parameters = {name: count_parameters(part) for name, part in module.named_children()}
         # For checks: called with the whole gradients by name before each step is taken.
         self.watch_gradients: Callable[[dict[str, Tensor]], None] | None = None
@@ -149,11 +152,10 @@ class ShardedTrainable:
         for moment in ADAM_MOMENTS:
             slices[moment] = [(shard, state[moment].detach().view(-1)) for shard, state in adam]
         slices[TARGET] = self.average.slices
-        owned = self.process.is_main or self.shards[0].process_group is not None
         adam_steps: dict[str, list[Tensor]] = {}
         for shard, state in adam:
             adam_steps.setdefault(shard.group, []).append(state["step"])
-        return State(slices, adam_steps, owned)
+        return State(slices, adam_steps, self.owned)
 
     def publish(self) -> None:
         """See :class:`Trainable`."""
@@ -169,6 +171,11 @@ class ShardedTrainable:
             for moment in ADAM_MOMENTS:
                 state[moment] = torch.zeros_like(shard.adam_key)
         return state
+
+
+def of_context_encoder(shards: list[MasterShard]) -> list[MasterShard]:
+    """Those of whose weights the target encoder's are the average."""
+    return [shard for shard in shards if shard.group.startswith(CONTEXT_ENCODER)]
 
 
 def count_parameters(module: nn.Module) -> int:

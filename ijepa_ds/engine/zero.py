@@ -21,12 +21,11 @@ from ijepa_ds.engine.shards import fill
 from ijepa_ds.engine.trainable import Batch, Outcome, ShardedTrainable
 from ijepa_ds.engine.zero_internals import (
     gradient_slices,
+    initialize,
     master_shards,
     order_reductions_on_the_device,
     weights_not_gathered,
-    without_host_reads,
 )
-from ijepa_ds.errors import UserError
 from ijepa_ds.method.encoder import VisionTransformer
 from ijepa_ds.method.ijepa import IJEPA
 from ijepa_ds.method.optimizer import build_optimizer, gate, set_hyperparameters
@@ -96,16 +95,11 @@ class Zero(ShardedTrainable):
         autocast: torch.dtype | None = None,
         batches_at_once: int = 1,
     ) -> None:
-        import deepspeed
-
         model = model.to(process.device)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         exact = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
-        adam = build_optimizer(model, betas=betas, eps=eps)
-        try:
-            self.engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=without_host_reads(settings))
-        except (ValueError, NotImplementedError, AssertionError) as error:
-            raise UserError(f"DeepSpeed refuses this configuration: {' '.join(str(error).split())}") from error
+        adam = build_optimizer(model.named_parameters(), betas=betas, eps=eps)
+        self.engine = initialize(model, adam, settings)
         order_reductions_on_the_device(self.engine.optimizer)
         shards = master_shards(self.engine, names)
         fill([(shard, shard.master) for shard in shards], exact)

@@ -14,12 +14,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ijepa_ds.engine.shards import MasterShard, Placement, replicated_shards
+from ijepa_ds.errors import UserError
 
 if TYPE_CHECKING:
     import deepspeed
+
+
+def initialize(model: nn.Module, adam: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+    """DeepSpeed's engine around a model: that of its pipelines, if the model is one.
+
+    Raises:
+        UserError: DeepSpeed refuses the settings.
+    """
+    import deepspeed
+
+    try:
+        return deepspeed.initialize(model=model, optimizer=adam, config=without_host_reads(settings))[0]
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        raise UserError(f"DeepSpeed refuses this configuration: {' '.join(str(error).split())}") from error
 
 
 def without_host_reads(settings: dict[str, Any]) -> dict[str, Any]:

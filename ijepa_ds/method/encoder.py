@@ -137,7 +137,7 @@ class VisionTransformer(TimmVisionTransformer):
         last = len(self.blocks) - blocks_out  # the first block whose output is asked for
         features = []
         for layer, block in enumerate(self.blocks):
-            tokens = self._run(whole_block, block, tokens)
+            tokens = self.run_block(whole_block, block, tokens)
             if layer >= last:
                 features.append(self.norm(tokens))
         return features[0] if blocks_out == 1 else features
@@ -153,11 +153,11 @@ class VisionTransformer(TimmVisionTransformer):
         indices = target_blocks.transpose(0, 1).flatten(1)  # [B, M * T]
         tokens = self.embed(images)
         for block in self.blocks[:-1]:
-            tokens = self._run(whole_block, block, tokens)  # [B, N, D]
+            tokens = self.run_block(whole_block, block, tokens)  # [B, N, D]
         if indices.shape[1] < tokens.shape[1]:
-            tokens = self._run(block_at, self.blocks[-1], tokens, indices)
+            tokens = self.run_block(block_at, self.blocks[-1], tokens, indices)
         else:
-            tokens = select_tokens(self._run(whole_block, self.blocks[-1], tokens), indices)
+            tokens = select_tokens(self.run_block(whole_block, self.blocks[-1], tokens), indices)
         return self.norm(tokens.unflatten(1, (num_targets, target_tokens)).transpose(0, 1).flatten(0, 1))
 
     def embed(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
@@ -175,7 +175,8 @@ class VisionTransformer(TimmVisionTransformer):
         pixels = patches[image, indices // self.grid[1], indices % self.grid[1]].flatten(2)  # [B, K, 3 * p * p]
         return F.linear(pixels, projection.weight.flatten(1), projection.bias) + self.pos_embed[0][indices]
 
-    def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    def run_block(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """A function of :mod:`ijepa_ds.method.blocks`, compiled or checkpointed where this network is."""
         function = self.compiled.get(function, function)
         return run(function, *arguments, activation_checkpointing=self.activation_checkpointing)
 

@@ -55,6 +55,13 @@ class Shapes:
             self._predictor(context_tokens, target_tokens, num_targets, exact_savings),
         )
 
+    def trained_layers(self, *, context_tokens: int, target_tokens: int, num_targets: int = 4) -> list[float]:
+        """Of the trained part by layer: embedding, each of the context encoder's blocks, its norm, predictor."""
+        counts = self.flops(context_tokens=context_tokens, target_tokens=target_tokens, num_targets=num_targets)
+        block = WITH_BACKWARD * _block(self.encoder, context_tokens)
+        embedding = WITH_WEIGHT_GRADIENT * self._embedding(context_tokens)
+        return [embedding, *[block] * self.encoder.depth, 0.0, counts.predictor]
+
     def _embedding(self, patches: int) -> float:
         return 2.0 * patches * CHANNELS * self.patch_size**2 * self.encoder.width
 

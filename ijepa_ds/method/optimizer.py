@@ -6,17 +6,24 @@ makes of the encoder's groups hold nothing else: the target encoder's average mi
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterable
 
-from ijepa_ds.method.ijepa import IJEPA
+import torch
+from torch import Tensor, nn
+
 from ijepa_ds.method.schedules import Hyperparameters
 
 
-def build_optimizer(model: IJEPA, *, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
-    """AdamW over four named groups; learning rate and weight decay are set before each step."""
-    groups: dict[str, list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], *, betas: tuple[float, float], eps: float
+) -> torch.optim.AdamW:
+    """AdamW over four named groups; learning rate and weight decay are set before each step.
+
+    ``named_parameters``: of :class:`~ijepa_ds.method.ijepa.IJEPA`, or some of them; a group that would be empty is
+    not made.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in named_parameters:
         if parameter.requires_grad:
             decay = "decay" if parameter.ndim > 1 else "no_decay"
             groups.setdefault(f"{name.split('.')[0]}/{decay}", []).append(parameter)

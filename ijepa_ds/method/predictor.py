@@ -66,15 +66,16 @@ class Predictor(nn.Module):
         masked = self.mask_token[0] + positions[target_blocks]  # [M, B, T, P]
         first, *between = self.predictor_blocks
         if not between:
-            tokens = self._run(block_of_shared_context_at_own, first, context, masked)
+            tokens = self.run_block(block_of_shared_context_at_own, first, context, masked)
         else:
             *between, last = between
-            tokens = self._run(block_of_shared_context, first, context, masked)  # [M * B, K + T, P]
+            tokens = self.run_block(block_of_shared_context, first, context, masked)  # [M * B, K + T, P]
             for block in between:
-                tokens = self._run(whole_block, block, tokens)
-            tokens = self._run(block_at_last, last, tokens, count)
+                tokens = self.run_block(whole_block, block, tokens)
+            tokens = self.run_block(block_at_last, last, tokens, count)
         return self.predictor_proj(self.predictor_norm(tokens))  # [M * B, T, D]
 
-    def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    def run_block(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """A function of :mod:`ijepa_ds.method.blocks`, compiled or checkpointed where this network is."""
         function = self.compiled.get(function, function)
         return run(function, *arguments, activation_checkpointing=self.activation_checkpointing)

@@ -107,7 +107,7 @@ def order_of_a_step() -> dict[str, Any]:
 
     parts = build_parts(tiny_config(**BF16, train_micro_batch_size_per_gpu=8))
     trainable, events, equal = parts.trainable, [], []
-    names = {weights.data_ptr(): "average" for weights in trainable.average._weights}
+    names = {flat.weights.data_ptr(): "average" for flat in trainable.average._flats}
     names |= {shard.weights.data_ptr(): "weights" for shard in trainable.shards}
     gather = dist.all_gather_into_tensor
 
