@@ -14,6 +14,7 @@ hidden width of an MLP; L tokens of a sequence, Q of them leave the block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from ijepa_ds.method.encoder import Dimensions
 from ijepa_ds.method.flops import CHANNELS, Shapes
 
