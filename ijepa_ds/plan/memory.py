@@ -11,6 +11,7 @@ What DeepSpeed's optimizers keep was read in its sources (the version that setup
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 from ijepa_ds.plan.activations import Layer
@@ -83,7 +84,7 @@ def _stages(work: Workload, checkpointed: bool) -> list[_Stage]:
             kept[start:stop],
             stop == len(parameters),
         )
-        for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+        for index, (start, stop) in enumerate(itertools.pairwise(bounds))
     ]
 
 

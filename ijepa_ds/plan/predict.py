@@ -15,6 +15,7 @@ from ijepa_ds.plan.workload import Workload
 from ijepa_ds.stage_balance import bubble
 
 _GB = 1e9
+_EASY = 0.75  # of the room: a larger micro-batch that takes more is not advised, since what it saves is little
 _HOST_PROCESS = 6e9  # bytes of host memory of a training process beside its buffers: assumed
 
 
@@ -55,12 +56,14 @@ class Plan:
         """Whether the run, with what :meth:`memory` takes, has enough memory."""
         return self.memory(**changes).total <= self.room
 
-    def largest_micro_batch(self, *, checkpointed: bool | None = None) -> int | None:
-        """The most images at once that divide a replica's share of a step and fit; None: not one does."""
+    def largest_micro_batch(self, *, checkpointed: bool | None = None, room: float | None = None) -> int | None:
+        """The most images at once that divide a replica's share of a step and fit into the room; None: not one does."""
         share, stages = self.work.global_batch // self.replicas, self.work.stages
         sizes = [n for n in range(stages, share + 1, stages) if share % n == 0]
         usable = [n for n in sizes if bubble(stages, share // n) <= self.largest_bubble]
-        return next((n for n in reversed(usable) if self.fits(micro_batch=n, checkpointed=checkpointed)), None)
+        limit = room or self.room
+        memory = ((n, self.memory(micro_batch=n, checkpointed=checkpointed).total) for n in reversed(usable))
+        return next((n for n, total in memory if total <= limit), None)
 
     def needs_stages(self) -> bool:
         """Whether no micro-batch fits under ZeRO 2 without stages, not even with checkpointing."""
@@ -228,14 +231,14 @@ def _advice_on_speed(plan: Plan) -> list[str]:
             f"activation_checkpointing is not needed: {plan.memory(checkpointed=False).total / _GB:.1f} GB fit without "
             f"it; ijepa.model.activation_checkpointing = false saves {share:.0%} of the time"
         )
-    largest = plan.largest_micro_batch(checkpointed=work.checkpointed and not plain)
+    larger = plan.largest_micro_batch(checkpointed=work.checkpointed and not plain, room=_EASY * plan.room)
     micro_batches = accumulation(work, plan.cluster.gpus)
-    if largest and largest > work.micro_batch and micro_batches > 1 and plan.replicas > 1 and work.stages == 1:
+    if larger and larger > work.micro_batch and plan.replicas > 1 and work.stages == 1:
         again = ", each of which sums all gradients over the GPUs" if work.zero_stage == 2 else ""
         said.append(
-            f"{largest} images fit at once where {work.micro_batch} do now: train_micro_batch_size_per_gpu = {largest} "
-            f"takes {work.global_batch // (largest * plan.replicas)} micro-batches a step instead of "
-            f"{micro_batches}{again}"
+            f"{larger} images fit easily where {work.micro_batch} are taken at once: train_micro_batch_size_per_gpu = "
+            f"{larger} makes {work.global_batch // (larger * plan.replicas)} of the {micro_batches} micro-batches of a "
+            f"step{again}"
         )
     if work.stages > 1 and not plan.needs_stages():
         said.append("stages are not needed: the run fits under ZeRO 2 without (ijepa.pipeline.stages = 1)")
@@ -253,8 +256,8 @@ def assumptions(plan: Plan) -> list[str]:
         f"peak of {gpu.name}",
         f"links reach {LINK_EFFICIENCY:.0%} of their data sheets: {gpu.link:g} GB/s between the GPUs of a node"
         + (f", {plan.cluster.network.name} between nodes" if plan.cluster.network else ""),
-        f"{1 - HEADROOM:.0%} of the {gpu.memory:g} GB are lost between buffers; {OUTSIDE / _GB:g} GB are CUDA's and the "
-        "libraries'",
+        f"{1 - HEADROOM:.0%} of the {gpu.memory:g} GB are lost between buffers; {OUTSIDE / _GB:g} GB are CUDA's and "
+        "the libraries'",
         "memory is that of the largest target blocks, time that of the mean over the run's masks; activations as torch "
         "saves them with fused attention (a CPU test counts them); compiled blocks save as much",
         "start, compilation, probes, checkpoints and a data loader that is too slow are not in the time",

@@ -84,7 +84,7 @@ def _what_it_takes(numbers: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _what_it_costs(numbers: dict[str, Any]) -> list[tuple[str, str]]:
-    seconds, traffic = numbers["step_seconds"], numbers["traffic_gb"]
+    seconds, cluster = numbers["step_seconds"], numbers["cluster"]
     taken = {name: 1e3 * seconds[name] for name in _TIME if seconds[name] >= 5e-5}
     cost = "" if numbers["cost"] is None else f", cost {numbers['cost']:,.0f}"
     rows = [
@@ -93,14 +93,7 @@ def _what_it_costs(numbers: dict[str, Any]) -> list[tuple[str, str]]:
             f"{1e3 * seconds['total']:.0f} ms: "
             + ", ".join(f"{_TIME[name]} {value:.1f}" for name, value in taken.items()),
         ),
-        (
-            "traffic of a step",
-            f"{traffic['reduced']:.2f} GB of gradients summed ({1e3 * seconds['reduce_hidden']:.1f} ms of it beside the "
-            f"backward pass), {traffic['gathered_weights']:.2f} GB of weights gathered "
-            f"({1e3 * seconds['weights_hidden']:.1f} ms beside the target's pass), "
-            f"{traffic['gathered_average']:.2f} GB of the average"
-            + (f", {traffic['between_stages']:.2f} GB between stages" if traffic["between_stages"] else ""),
-        ),
+        ("traffic of a step", _traffic(numbers["traffic_gb"], seconds) if cluster["gpus"] > 1 else "none"),
         ("speed", f"{numbers['images_per_second']:,.0f} images/s, {numbers['share_of_peak']:.0%} of the peak"),
         (
             "run",
@@ -112,6 +105,17 @@ def _what_it_costs(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _traffic(gigabytes: dict[str, float], seconds: dict[str, float]) -> str:
+    text = (
+        f"{gigabytes['reduced']:.2f} GB of gradients summed ({1e3 * seconds['reduce_hidden']:.1f} ms of it beside the "
+        f"backward pass), {gigabytes['gathered_weights']:.2f} GB of weights gathered "
+        f"({1e3 * seconds['weights_hidden']:.1f} ms beside the target's pass), {gigabytes['gathered_average']:.2f} GB "
+        "of the average"
+    )
+    between = gigabytes["between_stages"]
+    return text + (f", {between:.2f} GB between stages" if between else "")
+
+
 def _what_fits(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     loader, largest = numbers["loader"], numbers["largest_micro_batch"]
     in_memory = loader["beton_stays_in_memory"]
@@ -120,8 +124,9 @@ def _what_fits(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "loader of a node",
-            f"{loader['images_per_second_of_a_node']:,.0f} images/s: {loader['cores_of_a_node']} cores at "
-            f"{loader['measured_images_per_second_of_a_core']:,} a core (decoding alone "
+            f"{loader['images_per_second_of_a_node']:,.0f} images/s: {loader['cores_of_a_node']} "
+            f"core{'s' * (loader['cores_of_a_node'] > 1)} at {loader['measured_images_per_second_of_a_core']:,} a core "
+            "(measured on an AMD EPYC; decoding alone "
             f"{loader['measured_decoding_per_second_of_a_core']:,})",
         ),
         (

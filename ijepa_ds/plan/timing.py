@@ -7,6 +7,7 @@ for the last bucket; the gather of new weights beside the target encoder's pass.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -124,7 +125,7 @@ def step_time(work: Workload, cluster: Cluster, efficiency: float) -> StepTime:
 def _share_of_dearest(work: Workload) -> float:
     """Of the trained layers' arithmetic, the part of the stage that has most of it."""
     bounds = split_layers(work.layer_costs, work.stages)
-    return max(sum(work.layer_costs[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)) / sum(work.layer_costs)
+    return max(sum(work.layer_costs[a:b]) for a, b in itertools.pairwise(bounds)) / sum(work.layer_costs)
 
 
 def _hidden_reduction(work: Workload, reduce: float, backward: float) -> float:
