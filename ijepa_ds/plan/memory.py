@@ -68,9 +68,16 @@ class _Stage:
 
 def memory_of(work: Workload, gpus: int, *, micro_batch: int | None = None, checkpointed: bool | None = None) -> Memory:
     """Of the fullest of ``gpus`` GPUs; with another micro-batch or with the other kind of activations where given."""
+    stages = memory_of_stages(work, gpus, micro_batch=micro_batch, checkpointed=checkpointed)
+    return max(stages, key=lambda memory: memory.total)
+
+
+def memory_of_stages(
+    work: Workload, gpus: int, *, micro_batch: int | None = None, checkpointed: bool | None = None
+) -> list[Memory]:
+    """The same of a GPU of each stage, the first one's first."""
     ways = work.checkpointed if checkpointed is None else checkpointed
-    images = micro_batch or work.micro_batch
-    return max((_of_stage(work, stage, gpus, images) for stage in _stages(work, ways)), key=lambda memory: memory.total)
+    return [_of_stage(work, stage, gpus, micro_batch or work.micro_batch) for stage in _stages(work, ways)]
 
 
 def _stages(work: Workload, checkpointed: bool) -> list[_Stage]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ijepa_ds.plan.gpus import Cluster
 from ijepa_ds.plan.images import MEASURED_IN, Images
-from ijepa_ds.plan.memory import HEADROOM, OUTSIDE, Memory, memory_of
+from ijepa_ds.plan.memory import HEADROOM, OUTSIDE, Memory, memory_of, memory_of_stages
 from ijepa_ds.plan.timing import LINK_EFFICIENCY, accumulation, step_time, traffic_of
 from ijepa_ds.plan.workload import Workload
 from ijepa_ds.stage_balance import bubble
@@ -106,6 +106,7 @@ def numbers(plan: Plan) -> dict[str, Any]:
         "batch": _batch(plan),
         "parameters_of": _parameters(work),
         "memory_of": {name: value / _GB for name, value in memory.parts().items()},
+        "memory_of_stages": [memory.total / _GB for memory in memory_of_stages(work, plan.cluster.gpus)],
         "activations_gb": _activations(plan),
         "gflop_of": {name: value / 1e9 for name, value in vars(work.flops).items()},
         "tokens": _tokens(work),

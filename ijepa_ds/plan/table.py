@@ -58,6 +58,7 @@ def _heading(numbers: dict[str, Any]) -> str:
 
 def _what_it_takes(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     of, gflop, tokens = numbers["parameters_of"], numbers["gflop_of"], numbers["tokens"]
+    stages = numbers["memory_of_stages"]
     memory = {name: value for name, value in numbers["memory_of"].items() if value >= 0.05}
     parts = ", ".join(f"{_MEMORY[name]} {value:.1f}" for name, value in memory.items())
     kinds = ", ".join(f"{name} {value:.1f}" for name, value in numbers["activations_gb"].items())
@@ -72,7 +73,7 @@ def _what_it_takes(numbers: dict[str, Any]) -> list[tuple[str, str]]:
             "memory of a GPU",
             f"{numbers['memory_gb']:.1f} GB of {numbers['cluster']['usable_memory_gb']:.1f}: {verdict}",
         ),
-        ("", parts),
+        ("", parts + (f"; by stage {', '.join(f'{value:.1f}' for value in stages)}" if len(stages) > 1 else "")),
         ("activations", f"{kinds} GB at T = {tokens['target_largest']}"),
         (
             "GFLOP an image",
