@@ -79,6 +79,8 @@ class Workload:
     @property
     def sums_bytes(self) -> int:
         """Of an element of the gradients' sums over micro-batches."""
+        if self.is_bf16 and not self.zero_stage:
+            return 4  # copies of all gradients, while the step is taken
         sums = self.settings["data_types"].get("grad_accum_dtype")
         return {"fp32": 4, "bf16": 2}.get(str(sums), self.weight_bytes)
 
