@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 # Read, not imported: importing the package would need what is about to be installed.
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "ijepa_ds/__init__.py").read_text(), re.MULTILINE).group(1)
+SOURCES = ["pyarrow"]  # of images in Parquet or Arrow files, for data_prep/to_ffcv.py
 
 setup(
     name="ijepa_ds",
@@ -40,7 +41,10 @@ setup(
         "matplotlib",
         "setuptools",  # ffcv imports distutils, which Python 3.12 and later only find here
     ],
-    extras_require={"dev": ["mypy", "pytest", "pytest-xdist", "ruff", "scikit-learn", "transformers", "types-pyyaml"]},
+    extras_require={
+        "sources": SOURCES,
+        "dev": [*SOURCES, "mypy", "pytest", "pytest-xdist", "ruff", "scikit-learn", "transformers", "types-pyyaml"],
+    },
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

@@ -17,7 +17,7 @@ import numpy as np
 from ffcv.libffcv import imdecode
 from ffcv.reader import Reader
 
-from data_prep.images import JPG
+from data_prep.images import JPG, EncodedImage
 from data_prep.sidecar import sidecar_path
 from ijepa_ds.errors import UserError, listing
 from ijepa_ds.files import checksum, read_at
@@ -70,6 +70,10 @@ def _sidecar_problems(path: str) -> Iterator[str]:
         yield "its checksum is not that of the file that was written: copy or convert it again"
 
 
+class DamagedSample(Exception):
+    """The message says what is wrong with a stored image."""
+
+
 class Samples:
     """The stored images of a .beton, to be decoded by FFCV's own function, whose result FFCV does not look at."""
 
@@ -112,19 +116,30 @@ class Samples:
         return {sample: problem for sample, problem in problems.items() if problem}
 
     def _problem(self, descriptor: int, sample: int) -> str:
+        try:
+            stored = self.stored(descriptor, sample)
+        except DamagedSample as damaged:
+            return str(damaged)
+        if stored.mode != JPG:
+            return ""
+        size = stored.height, stored.width
+        pixels = np.empty((*size, 3), dtype=np.uint8)
+        failed = imdecode(stored.payload, pixels, *size, *size, 0, 0, 1, 1, False, False)
+        return "its JPEG data is damaged" if failed else ""
+
+    def stored(self, descriptor: int, sample: int) -> EncodedImage:
+        """A sample as the file of ``descriptor`` has it, not decoded. Raises DamagedSample."""
         row = self.rows[sample]
         mode, height, width, pointer = (int(row[name]) for name in ("mode", "height", "width", "data_ptr"))
         place = int(np.searchsorted(self.pointers, pointer))
         if place == len(self.pointers) or int(self.pointers[place]) != pointer:
-            return "the allocation table does not have it"
+            raise DamagedSample("the allocation table does not have it")
         size = int(self.sizes[place])
-        stored = np.frombuffer(read_at(descriptor, size, pointer), dtype=np.uint8)
-        if len(stored) != size:
-            return "the file ends before it does"
+        payload = np.frombuffer(read_at(descriptor, size, pointer), dtype=np.uint8)
+        if len(payload) != size:
+            raise DamagedSample("the file ends before it does")
         if not height or not width:
-            return "it has no size"
-        if mode != JPG:
-            return "" if size == 3 * height * width else f"{size} bytes are not {height} x {width} pixels"
-        pixels = np.empty((height, width, 3), dtype=np.uint8)
-        failed = imdecode(stored, pixels, height, width, height, width, 0, 0, 1, 1, False, False)
-        return "its JPEG data is damaged" if failed else ""
+            raise DamagedSample("it has no size")
+        if mode != JPG and size != 3 * height * width:
+            raise DamagedSample(f"{size} bytes are not {height} x {width} pixels")
+        return EncodedImage(mode, height, width, payload)

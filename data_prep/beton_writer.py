@@ -106,13 +106,14 @@ class EncodedSamples:
     source: Source
     encoding: Encoding
     reports: Connection
+    first: int  # number of the first sample in the whole source, where this is a part of it
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, sample: int) -> tuple:
         try:
-            image = encode_image(decode_rgb(self.source.read(sample)), sample, self.encoding)
+            image = encode_image(decode_rgb(self.source.read(sample)), self.first + sample, self.encoding)
         except (UnreadableImage, OSError) as error:
             send_report(self.reports, sample, getattr(error, "strerror", None) or str(error))
             image = None
@@ -155,14 +156,17 @@ class BetonWriter(DatasetWriter):
         self.kept = np.zeros(0, dtype=bool)  # [num_samples]
         self.rows = np.zeros(0, dtype=self.metadata_type)  # [samples written], FFCV's metadata
 
-    def write(self, source: Source, encoding: Encoding) -> None:
-        """Convert ``source``. Raises UserError if a worker dies or nothing is readable, OSError if the disk fails."""
+    def write(self, source: Source, encoding: Encoding, *, first: int = 0) -> None:
+        """Convert ``source``, whose samples are numbered from ``first`` on.
+
+        Raises UserError if a worker dies or nothing is readable, OSError if the disk fails.
+        """
         self.reports, reports_end = FORK.Pipe(duplex=False)
         num_threads = cv2.getNumThreads()
         cv2.setNumThreads(1)  # before the fork: a child has not the threads of OpenCV's pool, and would wait for them
         try:
             spans = Spans(len(source), self.num_workers)
-            samples = EncodedSamples(source, encoding, reports_end)
+            samples = EncodedSamples(source, encoding, reports_end, first)
             self._write_common(len(source), spans, worker_job_indexed_dataset, (samples,))
         finally:
             cv2.setNumThreads(num_threads)

@@ -1,6 +1,5 @@
 """ImageNet as it is distributed: its two tar files, read in place, and the development kit with the validation labels.
 
-Members are listed once as (offset, size); each worker then reads them with ``os.pread`` from a descriptor of its own.
 A class's label is the index of its WordNet ID in the sorted list of all IDs, as for a folder of class folders.
 """
 
@@ -11,50 +10,25 @@ import os
 import re
 import tarfile
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from data_prep.source import PackedNames, Source, why_ignored
+from data_prep.tars import Place, TarSource, opened_tar, places_of
 from ijepa_ds.errors import UserError
-from ijepa_ds.files import read_at
 
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 META = "data/meta.mat"
 VALIDATION_NUMBER = re.compile(r"_val_(\d{8})\.\w+$")  # ILSVRC2012_val_00000001.JPEG is line 1 of the ground truth
 
 
-@dataclass
-class TarSource(Source):
-    """Images inside one uncompressed tar file, ``root``. Offsets and sizes in bytes, uint64 [num_samples]."""
-
-    offsets: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    _opened: tuple[int, int] | None = None  # (process, descriptor): a forked worker opens its own
-
-    def read(self, index: int) -> bytes:
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), os.open(self.root, os.O_RDONLY))
-        return read_at(self._opened[1], int(self.sizes[index]), int(self.offsets[index]))
-
-    def take(self, indices: np.ndarray) -> TarSource:
-        return replace(super().take(indices), offsets=self.offsets[indices], sizes=self.sizes[indices])
-
-
 def open_imagenet_tar(path: str, *, unlabelled_wanted: bool) -> Source:
     """The train tar (a tar of class tars) with labels, or a flat tar of images without. Raises UserError for others."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            source = _list_members(path, tar)
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(
-            f"{path} cannot be read as an uncompressed tar file ({error}): SOURCE is a folder or one of ImageNet's tar "
-            "files; unpack any other archive, and download a damaged one again"
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror or error}): mend that and start again") from error
+    with opened_tar(path) as tar:
+        source = _list_members(path, tar)
     if len(source) and not source.labels and not unlabelled_wanted:
         raise UserError(
             f"{path} holds images without class tars, so labels need --devkit ILSVRC2012_devkit_t12.tar.gz: give it, "
@@ -92,10 +66,9 @@ def _list_members(path: str, tar: tarfile.TarFile) -> Source:
     label_of = {wnid: label for label, wnid in enumerate(classes)}
     labels = {"label": np.array([label_of[wnid] for wnid, *_ in entries], dtype=np.int64)} if classes else {}
     names = PackedNames([os.path.join(wnid, name) for wnid, name, _, _ in entries])
-    offsets = np.array([offset for *_, offset, _ in entries], dtype=np.uint64)
-    sizes = np.array([size for *_, size in entries], dtype=np.uint64)
+    places = places_of([Place(0, offset, size) for *_, offset, size in entries])
     kind = "ImageNet's train tar" if classes else "a tar of images"
-    return TarSource(kind, path, names, labels, classes, ignored, offsets, sizes)
+    return TarSource(kind, path, names, labels, classes, ignored, [path], places)
 
 
 def _list_class(outer: tarfile.TarFile, member: tarfile.TarInfo, ignored: Counter[str]) -> list[tuple[str, int, int]]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep.images import Encoding
+from data_prep.parts import Part
 from data_prep.source import Source
 from ijepa_ds.files import checksum, replacing, sync
 
@@ -34,7 +35,15 @@ def names_path(beton: str) -> str:
     return beton + ".names.gz"
 
 
-def describe(writer: BetonWriter, source: Source, encoding: Encoding, *, given_source: str, limit: int | None) -> dict:
+def describe(
+    writer: BetonWriter,
+    source: Source,
+    encoding: Encoding,
+    *,
+    given_source: str,
+    limit: int | None,
+    part: Part | None,
+) -> dict:
     """What the note says about the file that ``writer`` has finished; docs/data.md explains the keys."""
     images = writer.rows[writer.metadata_type.names[0]]
     labels = {name: values[writer.kept] for name, values in source.labels.items()}
@@ -44,6 +53,7 @@ def describe(writer: BetonWriter, source: Source, encoding: Encoding, *, given_s
         "source": given_source,
         "kind": source.kind,
         "settings": {**asdict(encoding), "limit": limit},
+        **({"shard": asdict(part)} if part else {}),
         "num_samples": len(images),
         "label_fields": {name: "int" if values.dtype.kind == "i" else "float" for name, values in labels.items()},
         "class_names": source.class_names,

@@ -2,9 +2,10 @@
 
     python data_prep/to_ffcv.py SOURCE OUT.beton [--max-resolution 512] [--jpeg-quality 90] [--workers N] ...
     python data_prep/to_ffcv.py --verify FILE.beton
+    python data_prep/to_ffcv.py FILE.beton --unpack FOLDER
 
-SOURCE is a folder of class folders, a folder of images, one of ImageNet's tar files, or a folder in CLEVR's layout:
-see docs/data.md.
+SOURCE is a folder of class folders or of images, one of ImageNet's tar files, WebDataset tars, Parquet or Arrow files,
+or a folder in CLEVR's layout: see docs/data.md.
 The file appears under its name only when it is complete.
 """
 
@@ -25,11 +26,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs in a checkout that was not installed
 from data_prep.images import WRITE_MODES, Encoding, UnreadableImage, decode_rgb, encode_image, quiet_decoding
+from data_prep.parts import Part, parse_part, take_part
 from data_prep.sidecar import describe, packed_names, publish
 from data_prep.source import Source
 from data_prep.sources import open_source
 from ijepa_ds.errors import UserError, hide_finalizers_of_numba, listing, run_command
-from ijepa_ds.files import temporary_beside
+from ijepa_ds.files import shard_path, temporary_beside
 
 MAX_RESOLUTION = 8192  # of either side; an image must fit into one page of memory per worker
 NUM_PROBES = 16  # images that are encoded before the start, to see whether the disk has room
@@ -41,13 +43,14 @@ class Terminated(KeyboardInterrupt):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line and fill in the defaults that depend on the machine or on another option."""
+    """Read the command line and fill in what depends on the machine or on another option."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="to_ffcv.py", description=__doc__, formatter_class=layout)
     add = parser.add_argument
-    add("source", nargs="?", metavar="SOURCE", help="folder, ImageNet tar, or folder in CLEVR's layout")
+    add("source", nargs="?", metavar="SOURCE", help="folder, tar, table, or a quoted pattern of files")
     add("out", nargs="?", metavar="OUT.beton")
     add("--verify", metavar="FILE.beton", help="check a .beton: checksum, and that every sample decodes")
+    add("--unpack", metavar="FOLDER", help="write the images and labels of SOURCE, a .beton, back into a new folder")
     bound = "bound of the longer side (default 512, or 2 x --resize-short)"
     add("--max-resolution", type=int, metavar="PIXELS", help=bound)
     short = "shrink so that the shorter side has this (default: no)"
@@ -58,6 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--smart-threshold", type=int, metavar="BYTES", help="smart: raw images above this are stored as JPEG")
     add("--workers", type=int, metavar="N", help="processes (default: the cores that this process may use)")
     add("--limit", type=int, metavar="N", help="only N images, evenly spread over the source")
+    add("--shard", metavar="I/N", help="convert the I-th of N parts, into OUT-I-of-N.beton: one on each of N machines")
     add("--split", help="CLEVR: which split")
     kit = "labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz or its folder"
     add("--devkit", metavar="PATH", help=kit)
@@ -70,6 +74,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.workers = len(os.sched_getaffinity(0))
     if arguments.max_resolution is None:
         arguments.max_resolution = min(2 * (arguments.resize_short or 256), MAX_RESOLUTION)
+    if arguments.shard is not None:
+        arguments.shard = parse_part(arguments.shard)
+        if arguments.out is not None and arguments.out.endswith(".beton"):
+            arguments.out = shard_path(arguments.out, *arguments.shard)
     return arguments
 
 
@@ -77,9 +85,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UserError for values and combinations that cannot be meant."""
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}: give 1 or more")
-    if arguments.verify is not None and arguments.source is not None:
+    if arguments.verify is not None and (arguments.source is not None or arguments.unpack is not None):
         raise UserError("--verify checks a finished file: give either --verify FILE.beton, or SOURCE and OUT.beton")
-    if arguments.verify is not None:
+    if arguments.unpack is not None and (arguments.source is None or arguments.out is not None):
+        raise UserError("--unpack writes into its FOLDER: give FILE.beton --unpack FOLDER, and no OUT.beton")
+    if arguments.verify is not None or arguments.unpack is not None:
         return
     if arguments.out is None:
         raise UserError(
@@ -128,7 +138,10 @@ def _check_range(arguments: argparse.Namespace) -> None:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Convert SOURCE into OUT.beton and describe it in OUT.beton.json. Returns the exit code."""
-    source = choose_samples(arguments)
+    source, part = choose_samples(arguments), None
+    if arguments.shard is not None:
+        source, part = take_part(source, *arguments.shard)
+        print(f"--shard {part.index}/{part.of}: {len(source):,} of them, from number {part.first:,} on")
     encoding = Encoding(
         max_resolution=arguments.max_resolution,
         resize_short=arguments.resize_short,
@@ -139,7 +152,7 @@ def convert(arguments: argparse.Namespace) -> int:
     )
     started = time.monotonic()
     try:
-        num_samples = write_beton(arguments, source, encoding)
+        num_samples = write_beton(arguments, source, encoding, part)
     except OSError as error:
         why = error.strerror or str(error)
         message = f"cannot write {arguments.out} ({why}): make room, mend that or choose another place"
@@ -173,7 +186,7 @@ def choose_samples(arguments: argparse.Namespace) -> Source:
     return source
 
 
-def write_beton(arguments: argparse.Namespace, source: Source, encoding: Encoding) -> int:
+def write_beton(arguments: argparse.Namespace, source: Source, encoding: Encoding, part: Part | None) -> int:
     """Write OUT.beton and its note; returns how many samples it has. Raises OSError where it cannot be written."""
     folder = os.path.dirname(os.path.abspath(arguments.out))
     os.makedirs(folder, exist_ok=True)
@@ -184,14 +197,14 @@ def write_beton(arguments: argparse.Namespace, source: Source, encoding: Encodin
     with temporary_beside(arguments.out) as temporary:
         workers, resolution = min(arguments.workers, len(source)), encoding.max_resolution
         writer = BetonWriter(str(temporary), labels=source.labels, max_resolution=resolution, num_workers=workers)
-        writer.write(source, encoding)
+        writer.write(source, encoding, first=part.first if part else 0)
         report_unreadable(source, writer.unreadable)
         if writer.unreadable and not arguments.skip_unreadable:
             raise UserError(
                 f"{len(writer.unreadable)} of {len(source)} files could not be read (listed above), so {arguments.out} "
                 "was not written: mend or remove them, or give --skip-unreadable to leave them out"
             )
-        note = describe(writer, source, encoding, given_source=arguments.source, limit=arguments.limit)
+        note = describe(writer, source, encoding, given_source=arguments.source, limit=arguments.limit, part=part)
         publish(arguments.out, temporary, note, packed_names(writer, source))
     return len(writer.rows)
 
@@ -262,6 +275,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from data_prep.beton_check import verify
 
                 return verify(arguments.verify, num_workers=arguments.workers)
+            if arguments.unpack is not None:
+                from data_prep.unpack import unpack
+
+                return unpack(arguments.source, arguments.unpack, num_workers=arguments.workers)
             return convert(arguments)
     except KeyboardInterrupt as interrupt:
         print("\ninterrupted: nothing was kept", file=sys.stderr)

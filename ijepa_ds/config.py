@@ -17,7 +17,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from ijepa_ds.errors import UserError, listing
-from ijepa_ds.validation import Bounds, Checked, Count, ImageSize, Pair, Triple, check, json_kind, must, section_of
+from ijepa_ds.validation import (
+    Bounds,
+    Checked,
+    Count,
+    Files,
+    ImageSize,
+    Pair,
+    Triple,
+    check,
+    json_kind,
+    must,
+    section_of,
+)
 
 _OURS_INSTEAD = {
     "optimizer": "the optimizer is AdamW; set it in ijepa.optimization",
@@ -72,8 +84,8 @@ class DataConfig(Checked):
     """Images, as .beton files made by data_prep/to_ffcv.py."""
 
     # Files may move; the number of images is compared on a resume.
-    train: str = changeable_on_resume(..., "the .beton file to learn from")
-    validation: str | None = changeable_on_resume(None, "a .beton file with labels: kNN accuracy during training")
+    train: Files = changeable_on_resume(..., "the .beton to learn from: a file, a pattern with *, or a list of them")
+    validation: Files | None = changeable_on_resume(None, "the same with labels: kNN accuracy during training")
     image_size: ImageSize = fixed((224, 224), "rows and columns in pixels, or one number for both")
     crop_scale: Bounds[Share] = fixed((0.3, 1.0), "least and largest share of the image's area that a crop has")
     crop_ratio: Bounds[Annotated[float, Field(ge=0.1, le=10)]] = fixed((0.75, 4 / 3), "of a crop, width over height")

@@ -107,6 +107,8 @@ def _values(values: dict[str, Any], plural: str = "") -> str:
         return " or ".join(f"`{value}`" for value in values["enum"])
     if "prefixItems" in values:
         return f"{len(values['prefixItems'])} {_values(values['prefixItems'][0], 's')}"
+    if values.get("type") == "array":
+        return f"list of {_values(values['items'])}"
     low, high, step = (values.get(key) for key in ("minimum", "maximum", "multipleOf"))
     kind = _KINDS.get(values.get("type", "object"), "") + plural
     bounds = "" if low is None else f" of at least {low}" if high is None else f" from {low} to {high}"

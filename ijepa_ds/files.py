@@ -5,12 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 PROJECT = Path(__file__).resolve().parents[1]  # the checkout
 BLOCK = 1 << 22  # bytes read at a time
+SHARD_NAME = re.compile(r"(?P<stem>.*)-(?P<index>\d+)-of-(?P<of>\d+)\.beton")
+
+
+def shard_path(out: str, index: int, of: int) -> str:
+    """Where part ``index`` of ``of`` is written: ``train.beton`` becomes ``train-02-of-16.beton``, sorted by name."""
+    return f"{out.removesuffix('.beton')}-{index:0{len(str(of))}d}-of-{of}.beton"
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ from ijepa_ds.data.pretraining_loader import Batch, PretrainingLoader
 from ijepa_ds.distributed import Process, Votes, from_main, leave_to_main_process
 from ijepa_ds.engine.checkpoint import load
 from ijepa_ds.engine.checkpoint_files import checkpoint_step
-from ijepa_ds.engine.stages import Stages
+from ijepa_ds.engine.stages import Cut, Stages
 from ijepa_ds.engine.trainable import Outcome, ShardedTrainable, Trainable
 from ijepa_ds.engine.warm_up import Shapes, compile_and_warm_up, warm_up
 from ijepa_ds.engine.zero import Zero, init_distributed
@@ -85,7 +85,7 @@ def check_before_building(config: Config) -> tuple[Dataset, MaskSampler]:
         inspect_dataset(data.validation)
     if dataset.num_samples < config.global_batch:
         raise UserError(
-            f"{data.train} holds {dataset.num_samples} images, fewer than one global batch; lower train_batch_size = "
+            f"{dataset.path} holds {dataset.num_samples} images, fewer than one global batch; lower train_batch_size = "
             f"{config.global_batch}"
         )
     check_stages(config)
@@ -147,12 +147,15 @@ def build_trainable(config: Config, process: Process) -> Zero | Stages:
         "eps": optimization.eps,
         "to_input": input_of_encoder(config, process.device, working_dtype(config)),
         "autocast": autocast_dtype(config),
-        "batches_at_once": micro_batches_at_once(config, process),
     }
+    trainable: Zero | Stages
     if stages == 1:
-        return Zero(build_ijepa(config), build_target(config), process, **settings)
-    settings |= {"bounds": split_layers(layer_costs(config), stages), "same_shapes": is_multiblock(config)}
-    return Stages(build_ijepa(config), build_target(config), process, **settings)
+        trainable = Zero(build_ijepa(config), build_target(config), process, **settings)
+    else:
+        cut = Cut(split_layers(layer_costs(config), stages), same_shapes=is_multiblock(config))
+        trainable = Stages(build_ijepa(config), build_target(config), process, cut=cut, **settings)
+    trainable.batches_at_once = micro_batches_at_once(config, process)
+    return trainable
 
 
 def micro_batches_at_once(config: Config, process: Process) -> int:

@@ -98,10 +98,18 @@ def _twice(value: Any) -> Any:
     return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _named(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("must name a file, or a list of files")
+    return value
+
+
 Count = Annotated[int, Field(ge=1)]
 Pair = Annotated[tuple[T, T], _as_tuple(2)]
 Triple = Annotated[tuple[T, T, T], _as_tuple(3)]
 Bounds = Annotated[Pair[T], must(lambda pair: pair[0] <= pair[1], "must be given as [smallest, largest]")]
+Files = Annotated[str | Annotated[list[str], Field(min_length=1)], BeforeValidator(_named)]
 Side = Annotated[int, Field(ge=4, le=4096)]
 ImageSize = Annotated[Pair[Side], BeforeValidator(_twice, json_schema_input_type=Side | Pair[Side])]
 

@@ -64,23 +64,29 @@ def once(function: Callable) -> Callable:
 # ------------------------------------------------------------------------------------------------------ data, config
 
 
-def write_beton(path: Path, *, num_images: int = NUM_IMAGES, size: int = 32, labels: bool = True) -> Path:
-    """Raw images of four classes (colours), with an integer ``label`` and a float ``depth``.
+def write_beton(
+    path: Path, *, num_images: int = NUM_IMAGES, size: int = 32, labels: bool = True, first: int = 0
+) -> Path:
+    """Raw images of four classes (colours), from number ``first`` on, with an integer ``label`` and a float ``depth``.
 
     In a process of its own: ffcv's writer forks.
     """
-    _run_forked(_write_beton, path, num_images, size, labels)
+    _run_forked(_write_beton, path, _Images(num_images, size, labels, first))
     return path
 
 
+@dataclass
 class _Images:
-    def __init__(self, num_images: int, size: int, labels: bool):
-        self.num_images, self.size, self.labels = num_images, size, labels
+    num_images: int
+    size: int
+    labels: bool
+    first: int
 
     def __len__(self) -> int:
         return self.num_images
 
-    def __getitem__(self, index: int) -> tuple:
+    def __getitem__(self, position: int) -> tuple:
+        index = self.first + position
         draw = np.random.default_rng(index)
         label = index % 4
         image = draw.integers(0, 128, (self.size, self.size, 3)) + 32 * np.array([label, 3 - label, label // 2])
@@ -88,15 +94,15 @@ class _Images:
         return (image.astype(np.uint8), *((label, float(label) + float(draw.random())) if self.labels else ()))
 
 
-def _write_beton(path: Path, num_images: int, size: int, labels: bool) -> None:
+def _write_beton(path: Path, images: _Images) -> None:
     from ffcv.fields import FloatField, IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
     fields = {"image": RGBImageField(write_mode="raw")}
-    if labels:
+    if images.labels:
         fields |= {"label": IntField(), "depth": FloatField()}
     writer = DatasetWriter(str(path), fields, num_workers=1)
-    writer.from_indexed_dataset(_Images(num_images, size, labels))
+    writer.from_indexed_dataset(images)
 
 
 @once
@@ -489,22 +495,30 @@ class MadeUpBatch:
     target_blocks: torch.Tensor
 
 
-def made_up_batch(config: Any, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def made_up_batch(
+    config: Any, step: int, *, context_tokens: int = 18, target_tokens: int = 9
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The global batch of a step: images [G, 3, H, W], context_block [G, K], target_blocks [M, G, T]."""
     draw = torch.Generator().manual_seed(1000 + step)
     patches = config.grid[0] * config.grid[1]
     images = torch.randn(config.global_batch, 3, *config.ijepa.data.image_size, generator=draw)
     order = torch.rand(config.global_batch, patches, generator=draw).argsort(1)
-    targets = torch.rand(4, config.global_batch, patches, generator=draw).argsort(2)[..., :9]
-    return images, order[:, :18].contiguous(), targets.contiguous()
+    targets = torch.rand(4, config.global_batch, patches, generator=draw).argsort(2)[..., :target_tokens]
+    return images, order[:, :context_tokens].contiguous(), targets.contiguous()
 
 
 def train_steps(
-    parts: Parts, steps: range, *, momentum: float = 0.9, lr: float = 1e-3, micro_batch: Callable | None = None
+    parts: Parts,
+    steps: range,
+    *,
+    momentum: float = 0.9,
+    lr: float = 1e-3,
+    micro_batch: Callable | None = None,
+    sizes: Callable[[int], dict[str, int]] = lambda step: {},
 ) -> list[float]:
     """Optimizer steps on made-up batches; returns the mean loss over all ranks of each step.
 
-    ``micro_batch(step)`` is called as each micro-batch is handed out.
+    ``micro_batch(step)`` is called as each micro-batch is handed out; ``sizes(step)`` are those of its masks.
     """
     from ijepa_ds.distributed import mean_over_ranks
     from ijepa_ds.method.schedules import Hyperparameters
@@ -513,7 +527,7 @@ def train_steps(
     size = config.micro_batch // config.ijepa.pipeline.stages
 
     def batches(step: int) -> Iterator[MadeUpBatch]:
-        images, context, targets = made_up_batch(config, step)
+        images, context, targets = made_up_batch(config, step, **sizes(step))
         for start in range(trainable.data_rank * size, config.global_batch, trainable.data_ranks * size):
             own = slice(start, start + size)
             if micro_batch is not None:

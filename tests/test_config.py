@@ -218,6 +218,9 @@ def test_batch_sizes_are_whole_and_positive(value):
         ("run__seed", 2**63, f"ijepa.run.seed = {2**63} must be at most"),
         ("run__name", 7, "ijepa.run.name = 7 must be a string"),
         ("compile", 1, "ijepa.compile = 1 must be true or false"),
+        ("data__train", 3, "ijepa.data.train = 3 must name a file, or a list of files"),
+        ("data__train", [], "ijepa.data.train = [] must name a file, or a list of files"),
+        ("data__validation", ["a", 1], 'ijepa.data.validation = ["a", 1] must name a file, or a list of files'),
         ("data__workers", 0, "ijepa.data.workers = 0 must be at least 1"),
         ("data__crop_scale", 0.3, "ijepa.data.crop_scale = 0.3 must be a list of 2 numbers"),
         ("data__crop_scale", [0.3], "ijepa.data.crop_scale = [0.3] must be a list of 2 numbers"),
@@ -312,6 +315,20 @@ def test_zero_stages_up_to_two_are_accepted(stage):
         (
             {"train_micro_batch_size_per_gpu": 48},
             "train_micro_batch_size_per_gpu = 48 does not divide train_batch_size = 128",
+        ),
+        (
+            {"ijepa__pipeline": {"stages": 2}, "zero_optimization": {"stage": 2}},
+            "zero_optimization.stage = 2 does not go with ijepa.pipeline.stages = 2; set 1: a pipeline adds up whole "
+            "gradients and shards AdamW's state",
+        ),
+        (
+            {
+                "ijepa__pipeline": {"stages": 3},
+                "zero_optimization": {"stage": 1},
+                "train_micro_batch_size_per_gpu": 32,
+            },
+            "train_micro_batch_size_per_gpu = 32 does not divide by ijepa.pipeline.stages = 3, whose processes share "
+            "the target encoder's work on a micro-batch",
         ),
     ],
 )
@@ -547,6 +564,7 @@ CHANGEABLE = {
     "ijepa__monitor": {"log_steps": 1, "knn_epochs": 1},
     "ijepa__checkpoint": {"minutes": 1, "steps": 2, "keep": 3},
     "ijepa__compile": True,
+    "ijepa__pipeline": {"stages": 1, "largest_bubble": 0.5},
 }
 FIXED = {
     "train_batch_size": 256,

@@ -279,6 +279,26 @@ def test_the_folder_of_another_run_is_refused_with_what_differs() -> None:
     assert bare_run(1).rows == before
 
 
+@pytest.mark.long
+def test_a_run_goes_on_with_its_images_cut_into_files() -> None:
+    """On two ranks, with a probe of them; the losses are those of the run that read one file."""
+    folder = FOLDER / "cut"
+    folder.mkdir()
+    for part, (first, end) in enumerate([(0, 30), (30, 31), (31, 67)], 1):
+        write_beton(folder / f"train-{part}-of-3.beton", num_images=end - first, first=first)
+    changes = {"ijepa__run__name": "cut", "ijepa__run__stop_after_steps": 3}
+    assert run_training(tiny_config(**changes), 2).exit_codes == [0, 0]
+    changes = {"ijepa__run__name": "cut", "ijepa__monitor__knn_epochs": 1}
+    config = tiny_config(**changes, ijepa__data__train=str(folder / "train-*.beton"))
+    config["ijepa"]["data"]["validation"] = [str(train_beton())]
+    run = run_training(config, 2)
+    assert run.exit_codes == [0, 0], run.output
+    assert "going on from step 3" in run.output and run.losses == bare_run(2).losses
+    assert run.rows[-1]["knn/label"] > 50
+    config["ijepa"]["data"]["train"] = [str(folder / f"train-{part}-of-3.beton") for part in (1, 3)]
+    assert "part 2 is not among the files" in the_error(run_training(config, 2))
+
+
 @once
 def fewer_images() -> Path:
     return write_beton(FOLDER / "fewer.beton", num_images=40)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from ffcv.libffcv import imdecode, resize_crop
 from ffcv.loader import Loader as FFCVLoader
+from ffcv.loader import loader as loader_of_ffcv
 from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
 from ffcv.pipeline.allocation_query import AllocationQuery
@@ -28,10 +29,10 @@ from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.pipeline_spec import PipelineSpec
 from ffcv.pipeline.state import State
-from ffcv.reader import Reader
 
-from ijepa_ds.data.beton import Dataset
+from ijepa_ds.data.beton import Dataset, Tables
 from ijepa_ds.data.crops import is_flipped, mirror
+from ijepa_ds.data.mapped_files import map_files
 from ijepa_ds.errors import UserError, hide_finalizers_of_numba, some
 from ijepa_ds.method import masks
 from ijepa_ds.random_streams import CROP, stream
@@ -240,13 +241,23 @@ class _Traversal(EpochIterator):
                 self.output_queue.get_nowait()
 
 
-class _FileMap(OSCacheManager):
-    """Where in the file each sample lies, alone: FFCV's own also keeps Python sets of pages, which nothing reads."""
+class _SetContext(OSCacheContext):
+    """All files of the set, mapped when they are first needed."""
 
-    def __init__(self, reader: Reader) -> None:
-        order = np.argsort(reader.alloc_table["ptr"])
-        self.reader, self.ptrs, self.sizes = reader, reader.alloc_table["ptr"][order], reader.alloc_table["size"][order]
-        self.context = OSCacheContext(self)
+    mmap: np.ndarray | None
+
+    def __enter__(self) -> _SetContext:
+        if self.mmap is None:
+            self.mmap = map_files(self.manager.reader.paths)
+        return self
+
+
+class _FileMap(OSCacheManager):
+    """Where each image lies, alone: FFCV's own also keeps Python sets of pages, which nothing reads."""
+
+    def __init__(self, reader: Tables) -> None:
+        self.reader, self.ptrs, self.sizes = reader, reader.ptrs, reader.sizes
+        self.context = _SetContext(self)
 
 
 class Pipeline:
@@ -257,9 +268,12 @@ class Pipeline:
         self.batch_size = batch_size
         most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
         self.num_workers = max(1, min(num_workers, most))
-        reader = Reader(dataset.path)
-        unused = {name: None for name in reader.handlers if name not in pipelines}
-        with _torch_threads_kept(), mock.patch("ffcv.loader.loader.OSCacheManager", _FileMap):
+        tables = Tables(dataset)
+        unused = {name: None for name in tables.handlers if name not in pipelines}
+        with (
+            _torch_threads_kept(),
+            mock.patch.multiple(loader_of_ffcv, Reader=lambda *_: tables, OSCacheManager=_FileMap),
+        ):
             self.ffcv = FFCVLoader(
                 dataset.path,
                 batch_size=batch_size,
@@ -312,10 +326,12 @@ def image_spec(operation: Operation) -> PipelineSpec:
     return PipelineSpec("image", decoder=operation, transforms=[ToTensors()])
 
 
-def refuse_failed(failed: np.ndarray, samples: np.ndarray, path: str) -> None:
+def refuse_failed(failed: np.ndarray, samples: np.ndarray, dataset: Dataset) -> None:
     """Name the ``samples`` [B] whose decoding ``failed`` [B, 1], if any (:class:`DecodeError`)."""
     if failed.any():
-        bad = some(map(int, samples[failed[:, 0] != 0]))
+        places = [dataset.locate(int(sample)) for sample in samples[failed[:, 0] != 0]]
+        path = places[0][0]
+        bad = some(sample for file, sample in places if file == path)
         raise DecodeError(
             f"{path}: sample {bad} cannot be decoded; find all with: python data_prep/to_ffcv.py --verify {path}"
         )

@@ -21,7 +21,7 @@ class ImageLoader:
     """Images of chosen samples, in the order in which they are asked for.
 
     Args:
-        dataset: the file.
+        dataset: the images.
         image_size: (rows, columns) in pixels of what is given out.
         batch_size: images that are given out at once.
         num_workers: decoding threads.
@@ -55,5 +55,5 @@ class ImageLoader:
         starts = range(0, len(samples), self.pipeline.batch_size)
         requests = (Request(samples[start : start + self.pipeline.batch_size], epoch) for start in starts)
         for request, ((images, failed),) in self.pipeline.traverse(requests):
-            refuse_failed(failed, request.samples, self.dataset.path)
+            refuse_failed(failed, request.samples, self.dataset)
             yield images

@@ -77,7 +77,7 @@ class PretrainingLoader:
     any world size and micro-batch. Images that do not fill a global batch at the end of an epoch are left out.
 
     Args:
-        dataset: the file.
+        dataset: the images.
         sampler: of the masks; order and crops are drawn from its seed.
         image_size: (rows, columns) in pixels of what is given out.
         crop_scale: share of an image's area that a random crop has.
@@ -125,7 +125,7 @@ class PretrainingLoader:
 
     def _batches(self, step: int, end: int) -> Iterator[_Loaded]:
         for request, ((images, failed), rows) in self.pipeline.traverse(self._requests(step, end)):
-            refuse_failed(failed, request.samples, self.dataset.path)
+            refuse_failed(failed, request.samples, self.dataset)
             yield _Loaded(request, images, rows, self.sampler)
 
     def _requests(self, step: int, end: int) -> Iterator[_MicroBatch]:

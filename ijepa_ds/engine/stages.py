@@ -16,6 +16,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,13 +27,25 @@ from ijepa_ds.distributed import Process
 from ijepa_ds.engine.moving_average import Flat, Relay
 from ijepa_ds.engine.shards import MasterShard, Shard, fill
 from ijepa_ds.engine.trainable import Batch, Outcome, ShardedTrainable, of_context_encoder
-from ijepa_ds.engine.zero_internals import gradient_slices, initialize, master_shards, without_host_reads
+from ijepa_ds.engine.zero_internals import gradient_slices, initialize, master_shards
 from ijepa_ds.method.blocks import whole_block
 from ijepa_ds.method.encoder import VisionTransformer
 from ijepa_ds.method.ijepa import IJEPA, prediction_loss
 from ijepa_ds.method.optimizer import build_optimizer, gate, set_hyperparameters
 from ijepa_ds.method.predictor import Predictor
 from ijepa_ds.method.schedules import Hyperparameters
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a run is cut into stages.
+
+    ``bounds``: of :func:`~ijepa_ds.stage_balance.split_layers` over embedding, blocks, norm and predictor.
+    ``same_shapes``: K is the same for all micro-batches; else its size is sent with each.
+    """
+
+    bounds: list[int]
+    same_shapes: bool = True
 
 
 class Stages(ShardedTrainable):
@@ -46,12 +59,10 @@ class Stages(ShardedTrainable):
         target: the target encoder's architecture, on the meta device.
         process: of :func:`~ijepa_ds.engine.zero.init_distributed`.
         settings: DeepSpeed's configuration.
-        bounds: of :func:`~ijepa_ds.stage_balance.split_layers` over embedding, blocks, norm and predictor.
+        cut: the stages.
         betas: of AdamW, as ``eps``.
         to_input: images of a batch -> the encoders' input [B, 3, H, W] in the working dtype.
-        same_shapes: K is the same for all micro-batches; else its size is sent with each.
         autocast: the dtype of torch_autocast, if it is on.
-        batches_at_once: micro-batches that one forward pass of the target encoder takes; their buffers must live on.
 
     Raises:
         UserError: DeepSpeed refuses the settings.
@@ -64,14 +75,13 @@ class Stages(ShardedTrainable):
         process: Process,
         *,
         settings: dict[str, Any],
-        bounds: list[int],
+        cut: Cut,
         betas: tuple[float, float],
         eps: float,
         to_input: Callable[[Tensor], Tensor],
-        same_shapes: bool = True,
         autocast: torch.dtype | None = None,
-        batches_at_once: int = 1,
     ) -> None:
+        bounds = cut.bounds
         self.num_stages = len(bounds) - 1
         replicas = process.world_size // self.num_stages
         self.stage, self.replica = divmod(process.rank, replicas)
@@ -84,7 +94,7 @@ class Stages(ShardedTrainable):
         trained = [(names[id(p)], p) for layer in own for p in layer.parameters() if p.requires_grad]
         exact = {name: parameter.detach().clone() for name, parameter in trained}
         adam = build_optimizer(trained, betas=betas, eps=eps)
-        module = _pipeline_module(layers, bounds, self._loss, dynamic_shape=not same_shapes)
+        module = _pipeline_module(layers, cut, self._loss)
         _drop_others(layers, own)
         self.engine = initialize(module, adam, _settings(settings))
         shards = master_shards(self.engine, names)
@@ -103,7 +113,6 @@ class Stages(ShardedTrainable):
         self.owned = True
         self.data_rank = self.replica * self.num_stages + self.stage  # neighbours in a batch: parts of a micro-batch
         self.largest_norm = float(settings.get("gradient_clipping", 0.0))
-        self.batches_at_once = batches_at_once
         self._applied = self._norm = torch.zeros((), device=process.device)
         self._take_step, self.engine.optimizer.step = self.engine.optimizer.step, self._gated_step
 
@@ -243,17 +252,17 @@ def _layers(model: IJEPA, to_input: Callable[[Tensor], Tensor]) -> list[nn.Modul
 # ---------------------------------------------------------------------------------------------------------- DeepSpeed
 
 
-def _pipeline_module(layers: list[nn.Module], bounds: list[int], loss: Callable, *, dynamic_shape: bool) -> nn.Module:
+def _pipeline_module(layers: list[nn.Module], cut: Cut, loss: Callable) -> nn.Module:
     """DeepSpeed's module of this process's layers, on its device."""
     from deepspeed.pipe import PipelineModule
 
     class Layers(PipelineModule):
         def _partition_layers(self, method: str = "") -> None:
-            self.parts = bounds
-            self._set_bounds(bounds[self.stage_id], bounds[self.stage_id + 1])
+            self.parts = cut.bounds
+            self._set_bounds(*cut.bounds[self.stage_id : self.stage_id + 2])
 
     with contextlib.redirect_stdout(io.StringIO()):  # what it decides, which describe() says shorter
-        return Layers(layers, num_stages=len(bounds) - 1, loss_fn=loss, dynamic_shape=dynamic_shape)
+        return Layers(layers, num_stages=len(cut.bounds) - 1, loss_fn=loss, dynamic_shape=not cut.same_shapes)
 
 
 def _drop_others(layers: list[nn.Module], own: list[nn.Module]) -> None:
@@ -268,7 +277,7 @@ def _settings(settings: dict[str, Any]) -> dict[str, Any]:
     ours = copy.deepcopy(settings)
     if ours.get("communication_data_type") is None:
         ours["communication_data_type"] = "fp32"  # else sums of fp32 gradients travel in bf16
-    ours["zero_optimization"]["overlap_comm"] = False  # there is nothing to overlap: it would reduce no gradient at all
+    ours["zero_optimization"]["overlap_comm"] = False  # in a pipeline it would reduce nothing
     if ours.get("bf16", {}).get("enabled"):
         ours["bf16"].setdefault("immediate_grad_update", True)  # a hook a tensor, not a loop over all
     return ours
@@ -278,7 +287,7 @@ def _settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pipeline_group(stages: int, replicas: int, own: int) -> dist.ProcessGroup:
-    """The processes of this process's pipeline; a communicator apart from DeepSpeed's, which has an order of its own."""
+    """The processes of this process's pipeline, as a communicator with an order of its own, apart from DeepSpeed's."""
     groups = [dist.new_group([replica + stage * replicas for stage in range(stages)]) for replica in range(replicas)]
     group = groups[own]
     assert isinstance(group, dist.ProcessGroup)

@@ -111,7 +111,7 @@ class ShardedTrainable:
         self.average = MovingAverage(of_context_encoder(shards), relay)
         self.target_encoder = TargetEncoder(target, self.average, autocast=autocast)
         self.to_input = to_input
-        self.batches_at_once = 1  # micro-batches of one forward pass of the target encoder
+        self.batches_at_once = 1  # micro-batches of one pass of the target encoder; their buffers must live on
         self.data_rank, self.data_ranks = process.rank, process.world_size
         self.owned = process.is_main or shards[0].process_group is not None
         self.num_parameters = {name: count_parameters(part) for name, part in module.named_children()}

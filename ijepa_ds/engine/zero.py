@@ -76,7 +76,6 @@ class Zero(ShardedTrainable):
         betas: of AdamW, as ``eps``.
         to_input: images of a batch -> the encoders' input [B, 3, H, W] in the working dtype.
         autocast: the dtype of torch_autocast, if it is on.
-        batches_at_once: micro-batches that one forward pass of the target encoder takes; their buffers must live on.
 
     Raises:
         UserError: DeepSpeed refuses the settings.
@@ -93,7 +92,6 @@ class Zero(ShardedTrainable):
         eps: float,
         to_input: Callable[[Tensor], Tensor],
         autocast: torch.dtype | None = None,
-        batches_at_once: int = 1,
     ) -> None:
         model = model.to(process.device)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -109,7 +107,6 @@ class Zero(ShardedTrainable):
                 value.zero_()
         super().__init__(self.engine.module, target, shards, inner, process, to_input=to_input, autocast=autocast)
         self.largest_norm = float(settings.get("gradient_clipping", 0.0))
-        self.batches_at_once = batches_at_once
         self._gathers: list[dist.Work] = []
         self.module.register_forward_pre_hook(lambda *_: self.wait_for_weights())
 

@@ -71,7 +71,7 @@ def _add_options_of_input(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", metavar="RUN|FILE", required=True, help="a run, a checkpoint, or a file or folder of others")
     add("--config", metavar="FILE", help="the configuration of a file, where its tensors do not tell enough")
     add("--heads", metavar="N", type=int, help="attention heads of a file, where nothing tells them")
-    add("--train", metavar="FILE.beton", help="labelled images to fit the probes on (default: the config's data.train)")
+    add("--train", metavar="FILE.beton", help="labelled images to fit on, or 'a-*.beton' (default: data.train)")
     add("--validation", metavar="FILE.beton", help="to measure on (default: the config's data.validation)")
     add("--label", metavar="L", action="append", default=[], help="which label, of several; may be given again")
     add("--train-images", metavar="N", type=int, help="use at most so many, evenly spread")

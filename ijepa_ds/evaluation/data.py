@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from ijepa_ds.config import Config
-from ijepa_ds.data.beton import image_sizes, inspect_dataset, integer_label_fields, read_labels, read_note
+from ijepa_ds.data.beton import (
+    Dataset,
+    class_names,
+    image_sizes,
+    inspect_dataset,
+    integer_label_fields,
+    read_labels,
+)
+from ijepa_ds.data.file_set import read_note
 from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError, some
@@ -41,14 +49,14 @@ class LabelledData:
             raise UserError(
                 "there is nothing to measure on: give --validation FILE.beton, or set ijepa.data.validation"
             )
-        self.paths = train, validation
-        for path in self.paths:
-            if Path(path).is_dir():
+        for path in (train, validation):
+            if isinstance(path, str) and Path(path).is_dir():
                 raise UserError(
                     f"{path} is a folder; convert its class folders once: python data_prep/to_ffcv.py {path} "
-                    f"{str(path).rstrip('/')}.beton"
+                    f"{path.rstrip('/')}.beton"
                 )
-        self.datasets = dict(zip(SPLITS, map(inspect_dataset, self.paths), strict=True))
+        self.datasets = dict(zip(SPLITS, map(inspect_dataset, (train, validation)), strict=True))
+        self.paths = tuple(dataset.path for dataset in self.datasets.values())  # as sentences call them
         self.samples = {
             "train": spread_samples(self.datasets["train"].num_samples, options.train_images),
             "validation": spread_samples(self.datasets["validation"].num_samples, options.validation_images),
@@ -58,9 +66,9 @@ class LabelledData:
         self.integer_fields = [name for name in integer_label_fields(self.datasets["train"]) if name in others]
         if not self.fields:
             raise UserError(
-                f"{train} and {validation} share no label field; convert labelled images with data_prep/to_ffcv.py"
+                f"{' and '.join(self.paths)} share no label field; convert labelled images with data_prep/to_ffcv.py"
             )
-        self.class_names = _class_names(self.paths)
+        self.class_names = _class_names(*self.datasets.values())
 
     def labels(self, field: str) -> tuple[Tensor, Tensor]:
         """The raw labels of train [n] and validation [m].
@@ -93,7 +101,8 @@ class LabelledData:
         """Whether these are CLEVR's own images, which are 480 x 320, and not the built-in scenes, which are square."""
         heights, widths = image_sizes(self.datasets["train"])
         wide = bool(np.all(np.abs(widths / heights - 1.5) < 0.02))
-        return wide and all(str(read_note(path).get("kind", "")).startswith("CLEVR") for path in self.paths)
+        notes = [read_note(path) for dataset in self.datasets.values() for path in dataset.paths]
+        return wide and all(str(note.get("kind", "")).startswith("CLEVR") for note in notes)
 
     def loader(self, split: str, **options: Any) -> ImageLoader:
         """Make an :class:`ImageLoader` with these options, once: compiling one takes seconds."""
@@ -104,10 +113,11 @@ class LabelledData:
         return self._loaders[key]
 
 
-def _class_names(paths: tuple[str, str]) -> list[str]:
-    """The names of the classes of ``label``, where both files have them; class k is the k-th."""
-    train, validation = (read_note(path).get("class_names") or [] for path in paths)
+def _class_names(*datasets: Dataset) -> list[str]:
+    """The names of the classes of ``label``, where both sets have them; class k is the k-th."""
+    train, validation = map(class_names, datasets)
     if train and validation and train != validation:
+        paths = [dataset.path for dataset in datasets]
         only = [sorted(set(ours) - set(theirs)) for ours, theirs in ((train, validation), (validation, train))]
         reasons = [f"only {path} has {some(names)}" for path, names in zip(paths, only, strict=True) if names]
         raise UserError(

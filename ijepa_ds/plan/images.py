@@ -7,10 +7,13 @@ Rates of the loader are those measured in ``benchmarks/results/2026-11-25_loader
 
 from __future__ import annotations
 
+import glob
 import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+
+from ijepa_ds.errors import some
 
 IMAGENET = 1_281_167  # images of its training split
 # Longest side of the stored images -> images/s of a core: loader, FFCV's decoder alone.
@@ -44,15 +47,24 @@ class Images:
         return _BUFFERS * images * 3.0 * self.stored_side**2
 
 
-def images_of(path: str, asked: int | None) -> Images:
-    """Of the training file where it is there, else so many as were asked for, else ImageNet's."""
-    count, size, side = _header(Path(path)), _size(Path(path)), _side(Path(path))
+def images_of(paths: str | list[str], asked: int | None) -> Images:
+    """Of the training files where all are there, else so many as were asked for, else ImageNet's."""
+    named = paths if isinstance(paths, str) else some(paths, shown=2)
+    files = _files([paths] if isinstance(paths, str) else paths)
+    counts = [_header(file) for file in files]
+    count = sum(number for number in counts if number) if all(counts) else 0
+    size, side = sum(map(_size, files)), max([side for file in files if (side := _side(file))], default=STORED_SIDE)
     if asked is not None:
-        of_file = size / count if count and size else _BYTES_AT_512
-        return Images(asked, asked * of_file, side or STORED_SIDE, "--images", False)
-    if count and size:
-        return Images(count, size, side or STORED_SIDE, path, True)
-    return Images(IMAGENET, IMAGENET * _BYTES_AT_512, STORED_SIDE, f"ImageNet's, since {path} is not here", False)
+        return Images(asked, asked * (size / count if count else _BYTES_AT_512), side, "--images", False)
+    if count:
+        return Images(count, size, side, named, True)
+    return Images(IMAGENET, IMAGENET * _BYTES_AT_512, STORED_SIDE, f"ImageNet's, since {named} is not here", False)
+
+
+def _files(paths: list[str]) -> list[Path]:
+    """Those that a configuration names, by ``*`` too. As in the data's wing, which imports ffcv and so is not used."""
+    names = [sorted(glob.glob(path)) if "*" in path else [path] for path in paths]
+    return [Path(name) for of_path in names for name in of_path if name.endswith(".beton") or name in paths]
 
 
 def _header(path: Path) -> int | None:

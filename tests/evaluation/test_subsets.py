@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gzip
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ijepa_ds.data.beton import Dataset
+from ijepa_ds.data.beton import BetonFile, Dataset
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.subsets import draw_per_class, samples_of_list
 
@@ -18,7 +19,11 @@ NAMES = ["n01/n01_7.JPEG", "n01/n01_30.JPEG", "n02/n02_1.JPEG", "n02/deeper/n02_
 def beton(tmp_path) -> Dataset:
     path = tmp_path / "train.beton"
     (tmp_path / "train.beton.names.gz").write_bytes(gzip.compress("".join(f"{n}\n" for n in NAMES).encode()))
-    return Dataset(str(path), len(NAMES), ())
+    return dataset(path, len(NAMES))
+
+
+def dataset(path: Path, num_samples: int) -> Dataset:
+    return Dataset((BetonFile(str(path), num_samples, (), ()),))
 
 
 def test_a_list_of_names_becomes_sample_numbers(beton, tmp_path):
@@ -48,7 +53,7 @@ def test_missing_and_damaged_files_are_named(beton, tmp_path):
     split = tmp_path / "list.txt"
     split.write_text("a.JPEG\n")
     with pytest.raises(UserError, match=r"other\.beton\.names\.gz is missing.*convert it again"):
-        samples_of_list(split, Dataset(str(tmp_path / "other.beton"), 5, ()))
+        samples_of_list(split, dataset(tmp_path / "other.beton", 5))
     names = tmp_path / "train.beton.names.gz"
     for damaged in (b"", b"text", names.read_bytes()[:-12], names.read_bytes()[:12] + b"xxxxxx"):
         names.write_bytes(damaged)

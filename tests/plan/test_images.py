@@ -19,6 +19,16 @@ def test_a_file_is_counted_by_its_header(tmp_path: Path) -> None:
     assert (images.count, images.bytes, images.is_measured) == (12, path.stat().st_size, True)
 
 
+def test_several_files_are_one_set(tmp_path: Path) -> None:
+    paths = [write_beton(tmp_path / f"{name}.beton", count) for name, count in (("a", 12), ("b", 5))]
+    size = sum(path.stat().st_size for path in paths)
+    for given in ([str(path) for path in paths], str(tmp_path / "*.beton")):
+        images = images_of(given, None)
+        assert (images.count, images.bytes) == (17, size)
+    assert images_of([str(paths[0]), str(tmp_path / "c.beton")], None).count == IMAGENET
+    assert images_of(str(tmp_path / "none" / "*.beton"), None).count == IMAGENET
+
+
 def test_more_images_than_the_file_has_take_room_in_proportion(tmp_path: Path) -> None:
     path = write_beton(tmp_path / "some.beton", 12)
     images = images_of(str(path), 120)

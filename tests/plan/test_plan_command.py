@@ -80,6 +80,7 @@ def test_neither_deepspeed_nor_ffcv_is_imported() -> None:
     while waiting:
         name = waiting.pop()
         path = ROOT / (name.replace(".", "/") + ".py")
+        path = path if path.exists() else path.with_suffix("") / "__init__.py"
         if name in seen or not path.exists():
             continue
         seen.add(name)
