@@ -6,21 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
-from distributed_runs import write_beton
 
 from ijepa_ds.plan.images import IMAGENET, MEASURED, images_of
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/2026-11-25_loader.json"
 
 
-def test_a_file_is_counted_by_its_header(tmp_path: Path) -> None:
-    path = write_beton(tmp_path / "some.beton", num_images=12)
+def test_a_file_is_counted_by_its_header(make_beton, tmp_path: Path) -> None:
+    path = make_beton(tmp_path / "some.beton", 12)
     images = images_of(str(path), None)
     assert (images.count, images.bytes, images.is_measured) == (12, path.stat().st_size, True)
 
 
-def test_several_files_are_one_set(tmp_path: Path) -> None:
-    paths = [write_beton(tmp_path / f"{name}.beton", num_images=count) for name, count in (("a", 12), ("b", 5))]
+def test_several_files_are_one_set(make_beton, tmp_path: Path) -> None:
+    paths = [make_beton(tmp_path / f"{name}.beton", count) for name, count in (("a", 12), ("b", 5))]
     size = sum(path.stat().st_size for path in paths)
     for given in ([str(path) for path in paths], str(tmp_path / "*.beton")):
         images = images_of(given, None)
@@ -29,8 +28,8 @@ def test_several_files_are_one_set(tmp_path: Path) -> None:
     assert images_of(str(tmp_path / "none" / "*.beton"), None).count == IMAGENET
 
 
-def test_more_images_than_the_file_has_take_room_in_proportion(tmp_path: Path) -> None:
-    path = write_beton(tmp_path / "some.beton", num_images=12)
+def test_more_images_than_the_file_has_take_room_in_proportion(make_beton, tmp_path: Path) -> None:
+    path = make_beton(tmp_path / "some.beton", 12)
     images = images_of(str(path), 120)
     assert (images.count, images.bytes, images.told) == (120, 10 * path.stat().st_size, "--images")
 
@@ -45,8 +44,8 @@ def test_without_a_file_they_are_imagenets(tmp_path: Path, content: bytes | None
     assert images.bytes == pytest.approx(65.5e9)
 
 
-def test_small_stored_images_are_read_faster(tmp_path: Path) -> None:
-    path = write_beton(tmp_path / "some.beton", num_images=12)
+def test_small_stored_images_are_read_faster(make_beton, tmp_path: Path) -> None:
+    path = make_beton(tmp_path / "some.beton", 12)
     note = {"image_size": {"height": [20, 200], "width": [20, 300]}}
     Path(f"{path}.json").write_text(json.dumps(note))
     assert images_of(str(path), None).rates == MEASURED[400]
