@@ -35,12 +35,13 @@ from ijepa_ds.method.schedules import Hyperparameters
 from ijepa_ds.train import build_trainable
 
 NOW = Hyperparameters(lr=1e-4, weight_decay=0.05, momentum=0.99)
-# File of ds_configs/ -> images of a step on one device; predicted peak memory at the largest T, GB, eager and compiled.
+# File of ds_configs/ -> images of a step on one device; peak memory at the largest T, GB, eager and compiled, as
+# `python -m ijepa_ds plan` predicts it.
 MODELS: dict[str, tuple[int, tuple[float, float] | None]] = {
-    "vits16_single_gpu": (256, (9.5, 7.3)),
+    "vits16_single_gpu": (256, (8.6, 8.6)),
     "vitb16": (256, None),
     "vitl16": (128, None),
-    "vith14": (128, (41.9, 33.8)),
+    "vith14": (128, (39.9, 39.9)),
 }
 OURS, COMPILED, PLAIN = "ours, eager", "ours, compiled", "plain"
 DEEPSPEED_WAITS = "ours, eager, with DeepSpeed's own checks and timers"

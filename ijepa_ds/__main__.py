@@ -8,6 +8,7 @@ COMMANDS = {
     "compare": ("ijepa_ds.evaluation.compare", "evaluations side by side, with the paper's numbers"),
     "demo": ("ijepa_ds.demo", "the whole job on built-in images: make, convert, pretrain, evaluate, export"),
     "evaluate": ("ijepa_ds.evaluation.command", "measure a run's target encoder beside a random one"),
+    "plan": ("ijepa_ds.plan.command", "memory, time and cost of a run on GPUs that need not be there"),
     "masks": ("ijepa_ds.checks.mask_statistics", "what the mask samplers draw: statistics and a picture"),
     "replay": ("ijepa_ds.checks.replay", "replay a recorded run of another implementation and compare"),
     "export": ("ijepa_ds.exchange.export", "write a run's encoder for timm, transformers or the released code's tools"),

@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ijepa_ds.config import Config
-from ijepa_ds.data.beton import Dataset
-from ijepa_ds.data.pretraining_loader import PretrainingLoader
 from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
 from ijepa_ds.method.encoder import Dimensions, VisionTransformer, dimensions_of, set_attention
@@ -22,6 +20,10 @@ from ijepa_ds.method.masks import MaskSampler, MultiblockSampler, ReferenceSampl
 from ijepa_ds.method.predictor import Predictor
 from ijepa_ds.method.schedules import Schedules, build_schedules
 from ijepa_ds.stage_balance import bubble
+
+if TYPE_CHECKING:  # ffcv need not be there to plan a run
+    from ijepa_ds.data.beton import Dataset
+    from ijepa_ds.data.pretraining_loader import PretrainingLoader
 
 
 class Reader(Protocol):
@@ -118,6 +120,8 @@ def input_of_encoder(config: Config, device: torch.device, dtype: torch.dtype) -
 
 def build_loader(config: Config, dataset: Dataset, sampler: MaskSampler, reader: Reader) -> PretrainingLoader:
     """The pretraining loader of this process's share of each batch."""
+    from ijepa_ds.data.pretraining_loader import PretrainingLoader
+
     data = config.ijepa.data
     return PretrainingLoader(
         dataset,

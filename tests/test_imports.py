@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "run": "method config engine",
     "build": "method config data",
     "exchange": "method config build engine run",
+    "plan": "method config build",
     "checks": "method config build engine exchange",
     "evaluation": "method config build data engine run exchange",
     "train": "method config build data engine run exchange evaluation",
