@@ -12,7 +12,7 @@ from torch import Tensor
 from ijepa_ds.config import Config
 from ijepa_ds.data.beton import Dataset
 from ijepa_ds.data.pretraining_loader import PretrainingLoader
-from ijepa_ds.distributed import Process, leave_to_main_process
+from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError
 from ijepa_ds.method.encoder import Dimensions, VisionTransformer, dimensions_of, set_attention
 from ijepa_ds.method.flops import Shapes
@@ -153,7 +153,6 @@ def check_batch(config: Config, process: Process) -> None:
             if usable
             else "use a number of processes that divides train_batch_size"
         )
-        leave_to_main_process()
         raise UserError(
             f"train_batch_size = {config.global_batch} does not divide into {process.world_size} processes with "
             f"train_micro_batch_size_per_gpu = {config.micro_batch}; {cure}"
