@@ -65,13 +65,14 @@ class Meeting:
     Args:
         ranks: who this process is.
         patience: seconds to wait for the others.
+        node: the name of this machine.
 
     Raises:
         UserError: rank 0 cannot be reached, or its port is taken.
     """
 
-    def __init__(self, ranks: Ranks, patience: float | None = None) -> None:
-        self.ranks, self.node = ranks, node_name()
+    def __init__(self, ranks: Ranks, patience: float | None = None, node: str | None = None) -> None:
+        self.ranks, self.node = ranks, node or node_name()
         self.patience = float(os.environ.get(PATIENCE, _PATIENCE)) if patience is None else patience
         self.address = self.master = "127.0.0.1"
         self.begun = False
