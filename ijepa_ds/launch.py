@@ -80,7 +80,7 @@ ALONE = Ranks(0, 1, 0, 1, "127.0.0.1", _DEFAULT_PORT)
 def find_ranks(environment: Mapping[str, str]) -> Ranks:
     """Who a process of this environment is: the innermost launcher counts.
 
-    ``mpirun`` starts its helpers by ``srun`` where there is one, and both start ``deepspeed`` on each node.
+    ``mpirun`` starts its daemons by ``srun`` where there is one, and both start ``deepspeed`` on each node.
 
     Raises:
         UserError: several were started, but not all is known that they need to find each other.
@@ -168,7 +168,7 @@ def _master(environment: Mapping[str, str], rank_name: str, *, one_node: bool) -
         return master
     if one_node:
         return "127.0.0.1"
-    # Only srun's tasks are those of its step: mpirun has its helpers on the other nodes started as one.
+    # Only srun's tasks are those of its step: mpirun has its daemons on the other nodes started as one.
     names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")[rank_name != "SLURM_PROCID" :]
     nodes = next((environment[name] for name in names if environment.get(name)), "")
     if nodes and rank_name != "RANK":

@@ -61,7 +61,7 @@ NINTH = Ranks(9, 16, 1, 8, "node1", 29500)
         (MPICH, NINTH),
         (CRAY, NINTH),
         ({**OPEN_MPI, "PMIX_RANK": "9"}, NINTH),
-        # mpirun in an allocation: its helper on the other node is a step of one task
+        # mpirun in an allocation: its daemon on the other node is a step of one task
         (
             {**ALLOCATION, **OPEN_MPI, "MASTER_ADDR": "", "MASTER_PORT": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
             | {"SLURM_STEP_NODELIST": "gpu08", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"},

@@ -97,3 +97,18 @@ def test_a_rank_0_that_is_elsewhere_is_looked_for_no_longer_than_asked() -> None
         pytest.skip(f"namespaces may not be entered here: {run.output.strip()}")
     assert set(run.exit_codes) == {2} and "node beta: rank 1 waited 5 s for rank 0 at 10.213.7.9:29511" in outputs[1]
     assert seconds < SECONDS + 10, (seconds, run.output)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("interface", ["lo", "no_such"])
+def test_an_interface_that_does_not_reach_the_other_node_is_named(interface) -> None:
+    """The second node may find out later than rank 0 waits for it; then it says that rank 0 has gone."""
+    with two_nodes() as nodes:
+        config, how = tiny_config(ijepa__run__name="interface"), {"GLOO_SOCKET_IFNAME": interface}
+        run, outputs, _ = train_on(nodes, config, timeout=120, IJEPA_START_SECONDS="5", **how)
+    if 77 in run.exit_codes:
+        pytest.skip(f"namespaces may not be entered here: {run.output.strip()}")
+    assert run.exit_codes == [2, 2] and "Traceback" not in run.output, run.output
+    says = outputs[0][outputs[0].index("error:") :]
+    assert f"the processes cannot speak with each other over the interface {interface} (" in says
+    assert "GLOO_SOCKET_IFNAME" in says
