@@ -3,10 +3,10 @@
     python benchmarks/state_memory.py --json state_memory.json          # ZeRO 2 on 1, 2, 4, 8, 16 processes
     python benchmarks/state_memory.py --stages 4 --ranks 4 8 16         # as 4 pipeline stages
 
-Real processes on CPUs take two steps with an image each; then the memory behind every tensor that is still alive is summed:
-bf16 weights, fp32 masters and Adam's moments, the target encoder's average and its cast, and with stages the fp32 sums of
-gradients. ZeRO 2's gradients, with activations, are gone by then: at its highest a process also holds its slice of them
-(4 bytes a parameter over the number of processes) and what first_gpu_hour.py measures.
+Real processes on CPUs take two steps with an image each; then the memory behind every tensor that is still alive is
+summed: bf16 weights, fp32 masters and Adam's moments, the target encoder's average and its cast, and with stages the
+fp32 sums of gradients. ZeRO 2's gradients, with activations, are gone by then: at its highest a process also holds its
+slice of them (4 bytes a parameter over the number of processes) and what first_gpu_hour.py measures.
 """
 
 from __future__ import annotations

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import sys
-import time
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -41,29 +38,10 @@ def share_cpu_threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
 
 
-def set_single_process_defaults() -> None:
-    """Let ``python run.py`` run as one process: without a launcher DeepSpeed would look for MPI."""
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(listener.getsockname()[1])
-
-
 def barrier(process: Process) -> None:
     """Wait for all processes."""
     if process.world_size > 1:
         dist.barrier(group=process.control)
-
-
-def leave_to_main_process() -> None:
-    """On ranks other than 0, leave the report of a mistake that every rank sees to rank 0.
-
-    They wait: an exit before rank 0 has spoken would make the launcher end it unheard.
-    """
-    if int(os.environ.get("RANK", "0")) > 0:
-        time.sleep(5)
-        sys.exit(2)
 
 
 def from_main(value: Value, process: Process) -> Value:

@@ -19,8 +19,13 @@ def run_command(command: Callable[[], int | None]) -> None:
     try:
         sys.exit(command() or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        report(error)
         sys.exit(2)
+
+
+def report(error: object) -> None:
+    """Print the line of an error."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def some(names: Iterable[object], shown: int = SHOWN) -> str:

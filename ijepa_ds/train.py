@@ -36,8 +36,9 @@ from ijepa_ds.build import (
 )
 from ijepa_ds.config import Config, load_config
 from ijepa_ds.data.beton import Dataset, inspect_dataset
+from ijepa_ds.data.file_set import files_of
 from ijepa_ds.data.pretraining_loader import Batch, PretrainingLoader
-from ijepa_ds.distributed import Process, Votes, from_main, leave_to_main_process
+from ijepa_ds.distributed import Process, Votes, from_main
 from ijepa_ds.engine.checkpoint import load
 from ijepa_ds.engine.checkpoint_files import checkpoint_step
 from ijepa_ds.engine.stages import Cut, Stages
@@ -48,8 +49,10 @@ from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.online import OnlineProbe
 from ijepa_ds.exchange.export import export_timm
 from ijepa_ds.hardware import bf16_warning, peak_flops, set_numerics
+from ijepa_ds.meeting import join, own_ranks
 from ijepa_ds.method.masks import MaskSampler, ReferenceSampler, default_context_tokens
 from ijepa_ds.method.schedules import Hyperparameters
+from ijepa_ds.run.agreement import agree_on_run
 from ijepa_ds.run.folder import RunFolder
 from ijepa_ds.run.losses import LossSum
 from ijepa_ds.run.meter import Meter
@@ -70,15 +73,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.set)
         checked = check_before_building(config)
-    except UserError:
-        leave_to_main_process()
-        raise
+    except UserError as error:
+        join().leave(error)
     train(config, *checked)
     return 0
 
 
 def check_before_building(config: Config) -> tuple[Dataset, MaskSampler]:
     """Everything that can be refused before a model is built or a process joins."""
+    ranks = own_ranks()
+    check_batch(config, Process(ranks.rank, ranks.world_size, torch.device("cpu")))
     data = config.ijepa.data
     dataset = inspect_dataset(data.train)
     if data.validation is not None:
@@ -100,12 +104,10 @@ def train(config: Config, dataset: Dataset, sampler: MaskSampler) -> None:
     """Pretrain as ``config`` says, going on from the run folder's newest checkpoint."""
     low_precision = working_dtype(config) == torch.bfloat16 or autocast_dtype(config) is not None
     set_numerics(low_precision=low_precision, deterministic=config.ijepa.run.deterministic)
+    data = config.ijepa.data
+    files = [*dataset.paths, *(files_of(data.validation) if data.validation is not None else [])]
+    agree_on_run(config, dataset.num_samples, files)
     process = init_distributed()
-    try:
-        check_batch(config, process)
-    except UserError:
-        leave_to_main_process()
-        raise
     trainable = build_trainable(config, process)
     try_shapes(config, sampler, trainable, process)
     loader = build_loader(config, dataset, sampler, trainable)

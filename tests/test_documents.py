@@ -19,14 +19,21 @@ from ijepa_ds.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ds_configs/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("ds_configs/*.md"),
+        *ROOT.glob("deploy/*.md"),
+        *ROOT.glob("benchmarks/**/*.md"),
+    ]
 )
 SCRIPTS = {"run.py": "ijepa_ds.train"} | {
     f"data_prep/{name}.py": f"data_prep.{name}" for name in ("to_ffcv", "make_scenes")
 }
 # Options of other programs that the documents name.
 OF_DEEPSPEED = "--module --num_gpus --num_nodes --hostfile --no_ssh --node_rank --master_addr --master_port"
-OTHERS_OPTIONS = {*OF_DEEPSPEED.split(), "--logdir", "--check"}
+OF_OTHERS = "--nodes --ntasks-per-node --gpus-per-node --gpus-per-task --nnodes --nproc_per_node --logdir --check"
+OTHERS_OPTIONS = {*OF_DEEPSPEED.split(), *OF_OTHERS.split()}
 CODE_FILES = (".py", ".md", ".sh", ".toml", ".cff")  # files of these kinds are ours even where no folder is named
 
 CODE_BLOCK = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)

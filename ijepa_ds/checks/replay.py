@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -19,11 +18,12 @@ from torch import Tensor
 from ijepa_ds.build import autocast_dtype, check_batch, working_dtype
 from ijepa_ds.checks.recorded_run import Trace, read_trace
 from ijepa_ds.config import Config, parse_config
-from ijepa_ds.distributed import Process, leave_to_main_process, max_over_ranks, mean_over_ranks
+from ijepa_ds.distributed import Process, max_over_ranks, mean_over_ranks
 from ijepa_ds.engine.plain import Plain
 from ijepa_ds.engine.trainable import TARGET
 from ijepa_ds.engine.zero import Zero, init_distributed
 from ijepa_ds.errors import UserError
+from ijepa_ds.meeting import join, own_ranks
 from ijepa_ds.method.encoder import set_attention
 from ijepa_ds.method.ijepa import CONTEXT_ENCODER, IJEPA, PREDICTOR, normalize_targets
 from ijepa_ds.method.schedules import Schedules, build_schedules
@@ -77,18 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         trace = read_trace(Path(options.trace))
-    except UserError:
-        leave_to_main_process()
-        raise
+    except UserError as error:
+        join().leave(error)
     through_engine = options.engine or options.precision != "fp32"
     if through_engine:
         process = init_distributed()
     else:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            leave_to_main_process()
-            raise UserError(
-                "several processes need --engine; without it start one: python -m ijepa_ds replay TRACE.npz"
-            )
+        if not own_ranks().alone:
+            mistake = "several processes need --engine; without it start one: python -m ijepa_ds replay TRACE.npz"
+            join().leave(UserError(mistake))
         process = Process(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return replay(trace, process, engine=through_engine, precision=options.precision)
 
@@ -278,10 +275,8 @@ def _config(trace: Trace, process: Process, precision: str) -> Config:
         },
     }
     if batch % process.world_size:
-        leave_to_main_process()
-        raise UserError(
-            f"{trace.path}: {batch} images do not divide into {process.world_size} processes; start a number that does"
-        )
+        mistake = f"{trace.path}: {batch} images do not divide into {process.world_size} processes"
+        join().leave(UserError(f"{mistake}; start a number that does"))
     return parse_config(raw, source=str(trace.path))
 
 

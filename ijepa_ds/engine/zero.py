@@ -5,6 +5,7 @@ DeepSpeed is imported when it is first needed: that takes seconds, and looks for
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ijepa_ds.allocator import keep_freed_memory
-from ijepa_ds.distributed import Process, set_single_process_defaults, share_cpu_threads
+from ijepa_ds.distributed import Process, share_cpu_threads
+from ijepa_ds.engine.groups import join_groups
 from ijepa_ds.engine.shards import fill
 from ijepa_ds.engine.trainable import Batch, Outcome, ShardedTrainable
 from ijepa_ds.engine.zero_internals import (
@@ -26,15 +28,16 @@ from ijepa_ds.engine.zero_internals import (
     order_reductions_on_the_device,
     weights_not_gathered,
 )
+from ijepa_ds.meeting import Card, join
 from ijepa_ds.method.encoder import VisionTransformer
 from ijepa_ds.method.ijepa import IJEPA
 from ijepa_ds.method.optimizer import build_optimizer, gate, set_hyperparameters
 from ijepa_ds.method.schedules import Hyperparameters
 
 
+@functools.cache
 def init_distributed() -> Process:
-    """Join the run's processes, or be the only one."""
-    set_single_process_defaults()
+    """Join the run's processes, or be the only one; called again, it gives the same."""
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # nothing of DeepSpeed is compiled here
     # Every T has buffers of its own size: without segments that grow, memory is lost between them.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -43,24 +46,23 @@ def init_distributed() -> Process:
     # DeepSpeed reports every step of its set-up; only its warnings are of use to a reader of the console.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*no current CUDA context.*")
+    meeting = join()
+    if not meeting.begun:
+        meeting.agree("start", Card(meeting.node))
     import deepspeed
     import deepspeed.ops
 
     # The shared memory communicator for CPU ranks is compiled for up to a minute at every first use, and gains nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.update(meeting.ranks.as_environment())
     share_cpu_threads()
     accelerator = deepspeed.get_accelerator()
-    on_cpu, local_rank = accelerator.device_name() == "cpu", int(os.environ.get("LOCAL_RANK", 0))
-    if on_cpu:
+    if accelerator.device_name() == "cpu":
         keep_freed_memory()
-    else:
-        accelerator.set_device(local_rank)
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), local_rank)
-    # A group of CPU tensors, to agree without waiting for the device.
-    control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
-    assert isinstance(control, dist.ProcessGroup)
-    return Process(dist.get_rank(), dist.get_world_size(), device, control)
+    backend = accelerator.communication_backend_name()
+    device, control = join_groups(meeting, accelerator.device_name(), backend)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes the groups that are there
+    return Process(meeting.ranks.rank, meeting.ranks.world_size, device, control)
 
 
 class Zero(ShardedTrainable):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import torch
 
 from ijepa_ds.build import working_dtype
 from ijepa_ds.data.ffcv_pipeline import DecodeError
-from ijepa_ds.distributed import Process, leave_to_main_process, share_cpu_threads
+from ijepa_ds.distributed import Process, share_cpu_threads
 from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.candidates import candidates, computing_dtype
 from ijepa_ds.evaluation.data import LabelledData
@@ -31,6 +30,8 @@ from ijepa_ds.evaluation.subject import Subject, load_subject
 from ijepa_ds.evaluation.tasks import DEFAULT_TASKS, TASKS
 from ijepa_ds.files import checksum
 from ijepa_ds.hardware import bf16_warning
+from ijepa_ds.meeting import join as join_meeting
+from ijepa_ds.meeting import own_ranks
 from ijepa_ds.run.provenance import versions
 
 
@@ -43,9 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         evaluate(options, load_subject(path, options.config, image_size=size, heads=options.heads))
     except DecodeError:  # of this process's images
         raise
-    except UserError:
-        leave_to_main_process()
-        raise
+    except UserError as error:
+        join_meeting().leave(error)
     return 0
 
 
@@ -188,7 +188,7 @@ def evaluate(options: argparse.Namespace, subject: Subject) -> Results | None:
 
 def join() -> Process:
     """The processes that a launcher has started, or this one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not own_ranks().alone:
         from ijepa_ds.engine.zero import init_distributed  # it loads DeepSpeed, for some seconds
 
         return init_distributed()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from ijepa_ds.engine.checkpoint_files import list_checkpoints, remove_incomplete
 from ijepa_ds.errors import UserError, listing
 from ijepa_ds.files import replacing
 from ijepa_ds.run.provenance import git_commit, versions
+
+VISIBLE = 10.0  # seconds until a file written on one node must be seen on all others
 
 
 class RunFolder:
@@ -67,6 +72,34 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error}); choose another ijepa.run.folder") from error
         return record
+
+    def leave_mark(self) -> str:
+        """Make a file in the folder and give its name: whoever sees it (:meth:`sees`) has the same folder."""
+        mark = f".{uuid.uuid4().hex}.start"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / mark).touch()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error}); choose another ijepa.run.folder") from error
+        return mark
+
+    def sees(self, mark: str, seconds: float = VISIBLE) -> bool:
+        """Whether the file is here: a network file system may show it late."""
+        end = time.monotonic() + seconds
+        while not (self.path / mark).exists():
+            if time.monotonic() > end:
+                return False
+            for folder in (self.path, *self.path.absolute().parents):
+                with contextlib.suppress(OSError):
+                    os.listdir(folder)  # has what was remembered of it looked up again
+            time.sleep(0.1)
+        return True
+
+    def remove_mark(self, mark: str) -> None:
+        """Remove the file, and the folder where nothing else is in it."""
+        with contextlib.suppress(OSError):
+            (self.path / mark).unlink()
+            self.path.rmdir()
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, if there is one."""
