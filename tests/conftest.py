@@ -10,19 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_up_images import smooth_image
 
 # Started in the background of a script, everything here would ignore an interrupt, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # and a hang-up under nohup: ignore it, but do not pass that on
     signal.signal(signal.SIGHUP, lambda number, frame: None)
-
-
-def smooth_image(index: int, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [rows, columns, 3]: waves whose direction and colour depend on the index; smooth, so JPEGs stay close."""
-    rows, columns = np.mgrid[: size[0], : size[1]] / 16
-    angles = np.random.default_rng(index).uniform(0, 2 * np.pi, (3, 2))
-    waves = [np.sin(np.cos(turn) * rows + np.sin(turn) * columns + shift) for turn, shift in angles]
-    return np.rint(127.5 + 127.5 * np.stack(waves, axis=-1)).astype(np.uint8)
 
 
 def write_beton(

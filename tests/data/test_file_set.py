@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import smooth_image
+from made_up_images import smooth_image
 
 from ijepa_ds.data.beton import Tables, class_names, image_sizes, inspect_dataset, read_labels, read_names
 from ijepa_ds.data.ffcv_pipeline import DecodeError, refuse_failed
