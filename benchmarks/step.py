@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --json step.json --png step.png     # a CPU, some twenty minutes
     python benchmarks/step.py --model small224 --threads 2 --precision bf16 --rounds 5
+    python benchmarks/step.py --model tiny32 --compiled             # with ijepa.compile, too: a minute to compile
 
 Same weights, images and masks; batches lie ready in memory, and their pixels are normalised within the step. All sides
 are timed in turns in one process; a ratio is the median over the rounds, with quartiles. Both have the same number of
@@ -47,6 +48,7 @@ from ijepa_ds.engine.plain import Plain
 from ijepa_ds.engine.trainable import ShardedTrainable
 from ijepa_ds.engine.zero import init_distributed
 from ijepa_ds.hardware import has_fast_bf16
+from ijepa_ds.method.compiled import compile_blocks
 from ijepa_ds.method.encoder import Dimensions
 from ijepa_ds.method.flops import Shapes
 from ijepa_ds.method.schedules import Hyperparameters
@@ -55,6 +57,7 @@ from ijepa_ds.train import build_trainable
 CPU = torch.device("cpu")
 NOW = Hyperparameters(lr=1e-4, weight_decay=0.05, momentum=0.99)
 PLAIN, AUTOCAST = "plain", "plain, autocast"
+COMPILED = "ours, compiled"
 KEEPING = ", freed memory kept"  # ends the name of a plain side whose allocator is set as ours
 SAME_LOSS = {"fp32": 1e-4, "bf16": 2e-2}  # relative
 STEP = 1  # whose masks are taken: their number of target patches is near the mean
@@ -172,7 +175,14 @@ def sides_of(config: Config, precision: str) -> dict[str, Callable[[], Any]]:
     sides["our networks, plain step"] = lambda: our_networks_plainly(config, kind)
     if not in_bf16:
         sides["ours without DeepSpeed"] = lambda: without_deepspeed(config)
-    return {**sides, "ours": lambda: build_trainable(config, init_distributed())}
+    return {**sides, "ours": lambda: build_trainable(config, init_distributed()), COMPILED: lambda: compiled(config)}
+
+
+def compiled(config: Config) -> ShardedTrainable:
+    """The product with ``ijepa.compile``; compiled at its first step."""
+    trainable = build_trainable(config, init_distributed())
+    compile_blocks(trainable.module, trainable.target_encoder.encoder, num_shapes=1, backend="inductor")
+    return trainable
 
 
 def allocate_as(side: str) -> None:
@@ -201,11 +211,13 @@ def compare(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
     memory: bool = True,
+    with_compiled: bool = False,
 ) -> dict[str, Any]:
     """All sides of one model in one precision on so many threads."""
     config = configuration(model, precision)
     batch = made_up_batch(config)
-    sides = {name: make() for name, make in sides_of(config, precision).items()}
+    makers = sides_of(config, precision)
+    sides = {name: make() for name, make in makers.items() if with_compiled or name != COMPILED}
     torch.set_num_threads(threads)  # an engine's start sets it, too
     steps = {name: ClockedStep(side, step_of(config, batch, side), clock) for name, side in sides.items()}
     losses = {name: float(step()) for name, step in steps.items()}
@@ -225,7 +237,8 @@ def compare(
         "gflop_as_written": flops / 1e9,
         "peak_gflops": peak / 1e9,
         "compared_with": plain,
-        "ratio": spread(one / ours for one, ours in zip(seconds[plain], seconds["ours"], strict=True)),
+        "ratio": ratio_of(seconds, plain, "ours"),
+        **({"ratio_compiled": ratio_of(seconds, plain, COMPILED)} if with_compiled else {}),
         "sides": {
             name: {
                 "ms": spread(1000 * value for value in seconds[name]),
@@ -250,6 +263,11 @@ def in_turns(steps: dict[str, ClockedStep], rounds: int) -> measure.Seconds:
             step()
             seconds[name].append(step.seconds)
     return seconds
+
+
+def ratio_of(seconds: measure.Seconds, one: str, other: str) -> dict[str, float]:
+    """How many times as fast the other is."""
+    return spread(first / second for first, second in zip(seconds[one], seconds[other], strict=True))
 
 
 def spread(values: Iterator[float]) -> dict[str, float]:
@@ -408,9 +426,10 @@ def show(result: dict[str, Any]) -> str:
     """A comparison as a paragraph and three tables."""
     sides, precision = result["sides"], result["precision"]
     ratio = result["ratio"]
+    more = f", compiled {result['ratio_compiled']['median']:.2f} x" if "ratio_compiled" in result else ""
     headline = (
         f"{result['model']}, {precision}, threads: {result['threads']}: ours is {ratio['median']:.2f} x as fast as "
-        f"'{result['compared_with']}' (quartiles {ratio['quarter']:.2f} to {ratio['three_quarters']:.2f}); "
+        f"'{result['compared_with']}' (quartiles {ratio['quarter']:.2f} to {ratio['three_quarters']:.2f}){more}; "
         f"{result['images']} images, K = {result['context_tokens']}, T = {result['target_tokens']}, "
         f"{result['gflop_as_written']:.1f} GFLOP as written, peak {result['peak_gflops']:.0f} GFLOP/s"
     )
@@ -461,6 +480,7 @@ def main() -> None:
         action="store_true",
         help="count the processor's seconds of this process: for one thread on a machine with other work",
     )
+    parser.add_argument("--compiled", action="store_true", help="time the product with ijepa.compile, too")
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory, a process for each side")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the sides' times there")
     parser.add_argument("--alone", metavar="SIDE", help="print the memory, MB, that one side takes, and nothing else")
@@ -473,7 +493,8 @@ def main() -> None:
     results = []
     for case in cases:
         clock = time.process_time if options.cpu_clock else time.perf_counter
-        results.append(compare(*case, rounds=options.rounds, clock=clock, memory=not options.no_memory))
+        settings = {"memory": not options.no_memory, "with_compiled": options.compiled}
+        results.append(compare(*case, rounds=options.rounds, clock=clock, **settings))
         print(show(results[-1]), end="\n\n", flush=True)
     measure.save(measure.record(results, compared=__doc__, device=CPU), options.json)
     if options.png:

@@ -51,6 +51,8 @@ def own_device(meeting: Meeting, device_type: str) -> torch.device:
         getattr(torch, device_type).set_device(index)
         identity = str(getattr(getattr(torch, device_type).get_device_properties(index), "uuid", ""))
     os.environ["LOCAL_RANK"] = str(index)  # what DeepSpeed takes for the device
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed wants both alike
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
     meeting.agree("devices", Card(meeting.node, mistake, device=identity))
     return torch.device(device_type, index)
 
