@@ -63,13 +63,14 @@ def without_host_reads(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_timers(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Keep a pipeline's engine from noting when each step began and ended, unless it is to print it some day.
+    """Keep a pipeline's engine from noting when each step began and ended, unless it prints it some day.
 
     It notes them always, as events of the device, and forgets them when it prints: by default never.
     """
     from deepspeed.utils.timer import NoopTimer
 
-    if engine.steps_per_print() >= _NEVER and not engine.wall_clock_breakdown():
+    every = engine.steps_per_print()
+    if every is None or every >= _NEVER:
         engine.timers = NoopTimer()
 
 

@@ -150,7 +150,7 @@ def rehearsed(raw: dict[str, Any]) -> list[float]:
 
 
 def clipped(raw: dict[str, Any]) -> float:
-    """The squared length of this stage's first moments after the first step: of the clipped gradient, times 1 - beta."""
+    """The squared length of this stage's first moments after a step: of the clipped gradient, times 1 - beta."""
     parts = build_parts(raw)
     train_steps(parts, range(1))
     return sum(float(moment.square().sum()) for _, moment in parts.trainable.state().slices["exp_avg"])
