@@ -376,12 +376,8 @@ def _disagreements(raw: dict[str, Any], ijepa: IJEPAConfig | None) -> list[str]:
         )
     if ijepa is not None:
         problems += _disagreements_of_ours(ijepa)
-        stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
-        if ijepa.pipeline.stages > 1 and stage != 1:
-            problems.append(
-                f"zero_optimization.stage = {stage} does not go with ijepa.pipeline.stages = {ijepa.pipeline.stages}; "
-                "set 1: a pipeline adds up whole gradients and shards AdamW's state"
-            )
+        if ijepa.pipeline.stages > 1:
+            problems += _disagreements_with_stages(raw, ijepa.pipeline.stages)
     batch, micro = raw.get("train_batch_size"), raw.get("train_micro_batch_size_per_gpu")
     if type(batch) is type(micro) is int and min(batch, micro) >= 1:
         if batch % micro:
@@ -398,6 +394,22 @@ def _disagreements(raw: dict[str, Any], ijepa: IJEPAConfig | None) -> list[str]:
                 f"ijepa.masks.truncation_group = {group} must be a multiple of train_micro_batch_size_per_gpu = "
                 f"{micro} and divide train_batch_size = {batch}: its images share one number of context tokens"
             )
+    return problems
+
+
+def _disagreements_with_stages(raw: dict[str, Any], stages: int) -> list[str]:
+    problems, zero = [], raw.get("zero_optimization")
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if stage != 1:
+        problems.append(
+            f"zero_optimization.stage = {stage} does not go with ijepa.pipeline.stages = {stages}; "
+            "set 1: a pipeline adds up whole gradients and shards AdamW's state"
+        )
+    if raw.get("wall_clock_breakdown"):
+        problems.append(
+            f"wall_clock_breakdown = true does not go with ijepa.pipeline.stages = {stages}: DeepSpeed would start a "
+            "timer twice, and end; leave it out"
+        )
     return problems
 
 

@@ -330,6 +330,11 @@ def test_zero_stages_up_to_two_are_accepted(stage):
             "train_micro_batch_size_per_gpu = 32 does not divide by ijepa.pipeline.stages = 3, whose processes share "
             "the target encoder's work on a micro-batch",
         ),
+        (
+            {"ijepa__pipeline": {"stages": 2}, "zero_optimization": {"stage": 1}, "wall_clock_breakdown": True},
+            "wall_clock_breakdown = true does not go with ijepa.pipeline.stages = 2: DeepSpeed would start a timer "
+            "twice, and end; leave it out",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(changes, line):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from ijepa_ds.distributed import Process
 from ijepa_ds.engine.moving_average import Flat, Relay
 from ijepa_ds.engine.shards import MasterShard, Shard, fill
 from ijepa_ds.engine.trainable import Batch, Outcome, ShardedTrainable, of_context_encoder
-from ijepa_ds.engine.zero_internals import gradient_slices, initialize, master_shards
+from ijepa_ds.engine.zero_internals import gradient_slices, initialize, master_shards, without_timers
 from ijepa_ds.method.blocks import whole_block
 from ijepa_ds.method.encoder import VisionTransformer
 from ijepa_ds.method.ijepa import IJEPA, prediction_loss
@@ -46,6 +47,15 @@ class Cut:
 
     bounds: list[int]
     same_shapes: bool = True
+
+
+@dataclass
+class _Part:
+    """What one process reads of a micro-batch."""
+
+    images: Tensor  # uint8 [b, H, W, 3]
+    context_block: Tensor  # int64 [b, K]
+    target_blocks: Tensor  # int64 [M, b, T]
 
 
 class Stages(ShardedTrainable):
@@ -97,6 +107,7 @@ class Stages(ShardedTrainable):
         module = _pipeline_module(layers, cut, self._loss)
         _drop_others(layers, own)
         self.engine = initialize(module, adam, _settings(settings))
+        without_timers(self.engine)
         shards = master_shards(self.engine, names)
         fill([(shard, shard.master) for shard in shards], exact)
         inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
@@ -119,8 +130,9 @@ class Stages(ShardedTrainable):
     def step(self, batches: Iterator[Batch], now: Hyperparameters) -> Outcome:
         """See :class:`~ijepa_ds.engine.trainable.Trainable`."""
         set_hyperparameters(self.adam, now)
-        parts = [self._hand_over(batch, targets) for batch, _, targets in self.with_targets(batches)]
-        loss = self.engine.train_batch(iter(parts))
+        parts = deque(self._hand_over(batch, targets) for batch, _, targets in self.with_targets(batches))
+        # DeepSpeed keeps the iterator until the next step: each part leaves it when it is loaded.
+        loss = self.engine.train_batch(parts.popleft() for _ in range(len(parts)))
         self.average.update(now.momentum, self._applied)
         return Outcome(loss.detach().float().view(1), self._applied, self._norm)
 
@@ -129,12 +141,15 @@ class Stages(ShardedTrainable):
 
         ``batch`` is of B images.
         """
-        own = len(batch.images) // self.num_stages
-        blocks = batch.target_blocks
-        targets = self.target_encoder(self.to_input(batch.images[:own]), blocks[:, :own].contiguous())
+        own, blocks = len(batch.images) // self.num_stages, batch.target_blocks
+        part = _Part(batch.images[:own], batch.context_block[:own], blocks[:, :own].contiguous())
+        _, _, targets = next(self.with_targets(iter([part] * self.batches_at_once)))
         whole = targets.new_zeros(blocks.shape[0] * blocks.shape[1], *targets.shape[1:])
+        micro_batches = self.engine.micro_batches
+        handed = {0: batch.images, self.num_stages - 1: whole}.get(self.stage)
+        held = handed.new_empty(micro_batches, *handed.shape) if handed is not None else None  # those of a whole step
         losses = []
-        for _ in range(self.num_stages - self.stage):
+        for _ in range(min(self.num_stages - self.stage, micro_batches)):
             inputs: Any = batch.images, batch.context_block
             if self.stage > 0:
                 width, dtype = self.module.context_encoder.embed_dim, self.target_encoder.dtype
@@ -147,6 +162,7 @@ class Stages(ShardedTrainable):
             losses.append(outputs.float().sum())
         trained = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
         torch.autograd.grad(losses, trained)
+        del held
 
     def describe(self) -> str:
         """See :class:`~ijepa_ds.engine.trainable.Trainable`."""

@@ -22,6 +22,8 @@ from ijepa_ds.errors import UserError
 if TYPE_CHECKING:
     import deepspeed
 
+_NEVER = 10**9  # steps_per_print, where a configuration says none
+
 
 def initialize(model: nn.Module, adam: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
     """DeepSpeed's engine around a model: that of its pipelines, if the model is one.
@@ -58,6 +60,18 @@ def without_host_reads(settings: dict[str, Any]) -> dict[str, Any]:
     elif not ours.get("bf16"):
         ours["gradient_clipping"] = 0.0
     return ours
+
+
+def without_timers(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Keep a pipeline's engine from noting when each step began and ended, unless it prints it some day.
+
+    It notes them always, as events of the device, and forgets them when it prints: by default never.
+    """
+    from deepspeed.utils.timer import NoopTimer
+
+    every = engine.steps_per_print()
+    if every is None or every >= _NEVER:
+        engine.timers = NoopTimer()
 
 
 def _has_own_skip(settings: dict[str, Any]) -> bool:

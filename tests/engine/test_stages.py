@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import weakref
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from distributed_runs import (
 )
 
 STEPS = 3
+LARGEST_NORM, BETA = 0.1, 0.9  # a quarter of the gradients' norm; AdamW's first
 BF16 = {"bf16": {"enabled": True}}
 
 
@@ -86,6 +88,8 @@ def two_stages() -> dict[str, Any]:
         "skips": [skips(layout(2), stage) for stage in (0, 1)] + [skips(layout(2, **BF16), 0)],
         "resumed": resumed(layout(2)),
         "rehearsed": rehearsed(layout(2)),
+        "clipped": [clipped(layout(2, gradient_clipping=LARGEST_NORM, **changes)) for changes in ({}, BF16)],
+        "kept": kept(layout(2)),
     }
 
 
@@ -127,18 +131,46 @@ def resumed(raw: dict[str, Any]) -> bool:
 
 
 def rehearsed(raw: dict[str, Any]) -> list[float]:
-    """Losses after every shape was compiled and tried, of which nothing may remain."""
+    """Losses after every shape was compiled and tried, of which nothing may remain; what is compiled later raises."""
     from ijepa_ds.engine.warm_up import Shapes, compile_and_warm_up
 
     parts = build_parts(raw)
-    # Made-up batches are [B, 3, H, W] already, the warm-up's zeros are as the loader's.
+    parts.trainable.batches_at_once = 2  # as on a GPU
+    # Made-up batches are [B, 3, H, W] already, the warm-up's zeros are as the loader's, whose strides count.
     as_made_up = parts.trainable.to_input
     parts.trainable.to_input = lambda images: as_made_up(
-        images.permute(0, 3, 1, 2) if images.dtype == torch.uint8 else images
+        images.permute(0, 3, 1, 2) if images.dtype == torch.uint8 else images.to(memory_format=torch.channels_last)
     )
     shapes = Shapes(num_images=4, image_size=(32, 32), context_tokens=18, num_targets=4, target_tokens=[9, 8, 7])
     compile_and_warm_up(parts.trainable, shapes, parts.process, backend="eager")
-    return train_steps(parts, range(STEPS), sizes=changing_targets)
+    torch.compiler.set_stance("fail_on_recompile")
+    losses = train_steps(parts, range(STEPS), sizes=changing_targets)
+    torch.compiler.set_stance("default")
+    return losses
+
+
+def clipped(raw: dict[str, Any]) -> float:
+    """The squared length of this stage's first moments after a step: of the clipped gradient, times 1 - beta."""
+    parts = build_parts(raw)
+    train_steps(parts, range(1))
+    return sum(float(moment.square().sum()) for _, moment in parts.trainable.state().slices["exp_avg"])
+
+
+def kept(raw: dict[str, Any]) -> tuple[int, int]:
+    """How many of the parts that were handed over, and of the times that were noted, are still there after steps."""
+    parts = build_parts(raw)
+    trainable, alive = parts.trainable, weakref.WeakSet()
+    hand_over = trainable._hand_over
+
+    def noted(*arguments: Any) -> Any:
+        inputs, labels = part = hand_over(*arguments)
+        alive.update((inputs[0], labels[2]))
+        return part
+
+    trainable._hand_over = noted
+    train_steps(parts, range(2))
+    timers = trainable.engine.timers.get_timers().values()
+    return len(alive), sum(len(timer.event_timers) for timer in timers)
 
 
 @once
@@ -161,6 +193,15 @@ def test_a_rehearsal_of_every_shape_leaves_nothing_behind() -> None:
 
 def test_a_gradient_that_is_not_finite_on_one_stage_skips_the_step_on_all() -> None:
     assert [told["skips"] for told in of_two_stages()] == [[True] * 3] * 2
+
+
+def test_gradients_are_clipped_by_the_norm_over_all_stages() -> None:
+    for stages in zip(*(told["clipped"] for told in of_two_stages()), strict=True):
+        assert math.sqrt(sum(stages)) == pytest.approx((1 - BETA) * LARGEST_NORM, rel=1e-4)
+
+
+def test_nothing_of_a_step_is_kept_until_the_next() -> None:
+    assert [told["kept"] for told in of_two_stages()] == [(0, 0)] * 2
 
 
 def test_the_same_layout_resumes_to_the_last_bit() -> None:
@@ -242,6 +283,25 @@ def test_a_stopped_run_goes_on_and_is_that_of_one_process() -> None:
     assert ended.exit_codes == [0, 0], ended.output
     assert "2 pipeline stages x 1" in ended.output and "going on from step 3" in ended.output
     torch.testing.assert_close(ended.losses, bare_run(1).losses, rtol=1e-6, atol=0)
+
+
+def in_five_stages(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [trained(raw) for raw in cases]
+
+
+@pytest.mark.long
+def test_every_layer_may_be_a_stage_of_its_own() -> None:
+    """The norm alone has no weight that decays, the predictor alone none of the average."""
+    checkpointed = {"ijepa__model__activation_checkpointing": True}
+    changes = [{}, BF16, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, {**BF16, **checkpointed}]
+    told, alone = (
+        run_ranks(in_five_stages, stages, [layout(stages, micro=5, batch=15, **change) for change in changes])
+        for stages in (5, 1)
+    )
+    for of_rank in told:
+        for case, expected in zip(of_rank, alone[0], strict=True):
+            torch.testing.assert_close(case["losses"], expected["losses"], rtol=1e-6, atol=0)
+            torch.testing.assert_close(case["norms"], expected["norms"], rtol=1e-5, atol=0)
 
 
 @pytest.mark.long
