@@ -207,7 +207,8 @@ def test_numbers_in_short():
 def test_a_rank_that_alone_is_wrong_says_so(monkeypatch):
     for name in RANK_NAMES:
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"RANK": "3", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {"RANK": "3", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **there}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="RANK"):
         own_ranks()
