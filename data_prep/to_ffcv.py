@@ -49,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", nargs="?", metavar="SOURCE", help="folder, tar, table, or a quoted pattern of files")
     add("out", nargs="?", metavar="OUT.beton")
-    add("--verify", metavar="FILE.beton", help="check a .beton: checksum, and that every sample decodes")
+    add("--verify", metavar="FILE.beton", help="check a .beton, or a pattern of several: checksums, samples")
     add("--unpack", metavar="FOLDER", help="write the images and labels of SOURCE, a .beton, back into a new folder")
     bound = "bound of the longer side (default 512, or 2 x --resize-short)"
     add("--max-resolution", type=int, metavar="PIXELS", help=bound)
@@ -273,8 +273,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with termination_as_interrupt():
             if arguments.verify is not None:
                 from data_prep.beton_check import verify
+                from ijepa_ds.data.file_set import files_of
 
-                return verify(arguments.verify, num_workers=arguments.workers)
+                return max([verify(path, num_workers=arguments.workers) for path in files_of(arguments.verify)])
             if arguments.unpack is not None:
                 from data_prep.unpack import unpack
 

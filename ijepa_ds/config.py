@@ -301,7 +301,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raw = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; the files that come with the project are in ds_configs/") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); give a file of ds_configs/") from None
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); mend it there") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold one JSON object, not {json_kind(raw)}")

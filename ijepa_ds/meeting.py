@@ -343,14 +343,19 @@ def _named(nodes: Iterable[str]) -> str:
 
 
 def own_ranks() -> Ranks:
-    """Who this process is; where that cannot be known, the first of all tells why."""
+    """Who this process is; where that cannot be known, the first of all tells why, unless only this one's is wrong."""
     try:
         return find_ranks(os.environ)
-    except UserError:
-        if any(os.environ.get(name, "0") != "0" for name in RANK_NAMES):
+    except UserError as error:
+        if all(os.environ.get(name, "0") == "0" for name in RANK_NAMES):
+            raise
+        first = {**os.environ, **{name: "0" for name in RANK_NAMES if name in os.environ}}
+        try:
+            find_ranks(first)
+        except UserError:
             time.sleep(_APART)
             sys.exit(2)
-        raise
+        raise error
 
 
 @functools.cache

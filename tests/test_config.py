@@ -406,7 +406,7 @@ def test_several_settings_that_do_not_go_together_are_reported_at_once():
 def test_a_file_that_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.json does not exist; .* ds_configs/"):
         load_config(tmp_path / "none.json")
-    with pytest.raises(UserError, match=r"is not valid JSON \(.*directory.*\); mend it there"):
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\); give a file of ds_configs/"):
         load_config(tmp_path)
 
 

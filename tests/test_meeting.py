@@ -12,8 +12,8 @@ from distributed_runs import FOLDER, free_port, tiny_config
 
 from ijepa_ds.config import parse_config
 from ijepa_ds.errors import UserError
-from ijepa_ds.launch import ALONE, Ranks
-from ijepa_ds.meeting import Card, Meeting, disagreement, ranges
+from ijepa_ds.launch import ALONE, RANK_NAMES, Ranks
+from ijepa_ds.meeting import Card, Meeting, disagreement, own_ranks, ranges
 from ijepa_ds.run import agreement
 from ijepa_ds.run.agreement import agree_on_folder, facts_of
 from ijepa_ds.run.folder import RunFolder
@@ -162,6 +162,7 @@ def test_what_a_run_must_have_alike(tmp_path, monkeypatch):
     )
     assert "node beta: the number of images in ijepa.data.train is 8" in str(between(facts(num_images=8, whole=False)))
     assert "ijepa.model.depth is 3 there, 2 on node alpha" in str(between(facts(ijepa__model__depth=3)))
+    assert "ijepa.model.depth is 3 there" in str(between(facts(whole=False, ijepa__model__depth=3)))  # on one node too
     several = str(between(facts(ijepa__model__depth=3, ijepa__run__seed=5)))
     assert several.startswith("the nodes do not agree:\n  - ") and several.count("\n  - node beta: ") == 2
     before = facts()
@@ -201,3 +202,13 @@ def test_the_interface_of_a_master_that_calls_itself_by_its_loopback(monkeypatch
 
 def test_numbers_in_short():
     assert ranges([0, 2, 3, 4, 7]) == "0, 2-4, 7" and ranges([]) == ""
+
+
+def test_a_rank_that_alone_is_wrong_says_so(monkeypatch):
+    for name in RANK_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {"RANK": "3", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **there}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="RANK"):
+        own_ranks()

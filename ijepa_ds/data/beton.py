@@ -81,7 +81,7 @@ def inspect_dataset(paths: Paths) -> Dataset:
                 f"{file.path} has the fields {here}, but {files[0].path} {there}, so they are no set: convert one of "
                 f"them again: python data_prep/to_ffcv.py SOURCE {file.path}"
             )
-    check_set([file.path for file in files])
+    check_set([file.path for file in files], paths)
     return Dataset(tuple(files))
 
 

@@ -38,8 +38,7 @@ def files_of(paths: Paths) -> list[str]:
     Raises:
         UserError: a pattern matches nothing, nothing is named, or one file twice.
     """
-    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    files = [file for one in given for file in _expanded(os.fspath(one))]
+    files = [file for one in _given(paths) for file in _expanded(one)]
     if not files:
         raise UserError(f"an empty list names no images: give a .beton file; make one with: {_CONVERT} FILE.beton")
     seen: dict[Any, str] = {}
@@ -52,6 +51,10 @@ def files_of(paths: Paths) -> list[str]:
                 raise UserError(f"{file}{also} is named twice among the files of one set: name it once")
             seen[same] = file
     return files
+
+
+def _given(paths: Paths) -> list[str]:
+    return [os.fspath(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
 
 
 def _expanded(path: str) -> list[str]:
@@ -72,11 +75,15 @@ def read_note(path: str) -> dict[str, Any]:
     return note if isinstance(note, dict) else {}
 
 
-def check_set(paths: Sequence[str]) -> None:
-    """Refuse several files whose notes or names say that they are no set (:class:`UserError`); one file is one."""
-    if len(paths) < 2:
+def check_set(files: Sequence[str], paths: Paths) -> None:
+    """Refuse the files of ``paths`` whose notes or names say that they are no set (:class:`UserError`).
+
+    One part of a conversion is a set where it is named itself, and not where it is all that a pattern matches: its
+    other parts may be on their way.
+    """
+    if len(files) == 1 and _given(paths) == list(files):
         return
-    notes = {path: read_note(path) for path in paths}
+    notes = {path: read_note(path) for path in files}
     _check_settings(notes)
     check_shards(notes)
 

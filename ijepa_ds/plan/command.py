@@ -56,6 +56,11 @@ def plan_of(config: Config, images: Images, terms: Terms, options: argparse.Name
     _check_precision(config, cluster.gpu)
     check_stages(config)
     check_batch(config, Process(0, cluster.gpus, torch.device("cpu")))
+    if images.count < config.global_batch:
+        raise UserError(
+            f"{images.count:,} images ({images.told}) are fewer than one global batch; lower train_batch_size = "
+            f"{config.global_batch}"
+        )
     steps = max(1, math.floor(images.count / config.global_batch * config.ijepa.optimization.epochs))
     work = workload_of(config, steps)
     return Plan(work, cluster, images, terms, config.ijepa.pipeline.largest_bubble)

@@ -31,11 +31,12 @@ def facts_of(config: Config, num_images: int, files: list[str], *, whole: bool) 
     """What must be alike; ``whole``: also what is a node's, which one of its processes says for all."""
     data = {"the number of images in ijepa.data.train": str(num_images)}
     data |= {f"the size of {file}": f"{os.path.getsize(file)} bytes" for file in files}
+    alike = {"data": data, "config": flat(config.as_dict())}  # of each process: nothing says that one command began all
     if not whole:
-        return {"data": data}
+        return alike
     code = {"the commit": git_commit(), "the hash of the source files": source_hash()}
     packages = {f"the version of {package}": version for package, version in versions().items()}
-    return {"data": data, "code": code, "packages": packages, "config": flat(config.as_dict())}
+    return {**alike, "code": code, "packages": packages}
 
 
 def agree_on_folder(meeting: Meeting, folder: RunFolder) -> None:

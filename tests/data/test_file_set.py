@@ -166,6 +166,11 @@ def test_a_missing_shard_and_shards_out_of_order_are_refused(shards):
     assert inspect_dataset(shards[1]).num_samples == 11  # one file by itself is what it is
 
 
+def test_a_pattern_that_matches_one_part_alone_is_refused(shards):
+    pattern = str(shards[1]).replace("-2-", "-2*-")
+    assert "is one of 3 parts of a conversion, but part 1, 3 is not among" in refusal(pattern)
+
+
 def test_files_of_other_fields_are_refused(shards, write, tmp_path):
     plain = write(tmp_path / "plain.beton", range(3), labels={"label": [0, 1, 2]})
     refused = refusal(shards[0], plain)

@@ -581,6 +581,11 @@ def test_verify_finds_damage(classes: Path, tmp_path: Path, capfd: pytest.Captur
     assert to_ffcv.main(["--verify", str(out)]) == 2
     shown = capfd.readouterr().out
     assert "bad sample 4" in shown and "1 of 9 samples" in shown and "checksum" in shown
+    other = tmp_path / "other.beton"
+    other.write_bytes(out.read_bytes())
+    assert to_ffcv.main(["--verify", str(tmp_path / "*.beton")]) == 2
+    shown = capfd.readouterr().out
+    assert all(f"{path}: 1 of 9 samples are damaged" in shown for path in (out, other))
     Path(f"{out}.json").unlink()
     assert to_ffcv.main(["--verify", str(out)]) == 2
     out.write_bytes(whole[:5_000_000])

@@ -57,6 +57,10 @@ def test_json_alone(tmp_path: Path, capsys) -> None:
         (["--gpus", "12", "--nodes", "2"], "train_batch_size = 2048 does not divide into 12 processes"),
         (["--efficiency", "0"], r"--efficiency = 0.0 must be above 0 and at most 1"),
         (["--efficiency", "nan"], r"--efficiency = nan must be above 0 and at most 1"),
+        (
+            ["--images", "2047"],
+            r"2,047 images \(--images\) are fewer than one global batch; lower train_batch_size = 2048",
+        ),
         (["--images", "0"], "--images = 0 must be a number of at least 1"),
         (["--price", "nan"], "--price = nan must be a number of at least 0"),
         (["--set", "ijepa.pipeline.stages=3", "--gpus", "16"], "problem"),
