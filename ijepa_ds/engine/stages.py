@@ -68,6 +68,8 @@ class Stages(ShardedTrainable):
         UserError: DeepSpeed refuses the settings.
     """
 
+    layout = "stages"
+
     def __init__(
         self,
         model: IJEPA,
