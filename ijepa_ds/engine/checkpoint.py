@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ijepa_ds.distributed import Process, barrier, from_main, gather, on_any_rank
 from ijepa_ds.engine.checkpoint_files import (
+    SET_ASIDE,
     UNFINISHED,
     Checkpoint,
     SavedState,
@@ -244,10 +245,15 @@ def load_newest(folder: Path, state: State, process: Process) -> Loaded | None:
             continue
         if not damaged:
             return Loaded(checkpoint, step)
-        places = [set_aside(error.checkpoint) if process.is_main else Path() for error in damaged]
+        for error in damaged if process.is_main else []:
+            set_aside(error.checkpoint)
         what = "; ".join(error.what for error in damaged)
-        return Loaded(checkpoint, step, f"warning: {what}; going on from step {step}, {checkpoint}, instead; what is "
-                      f"damaged was renamed to {some(place.name for place in places)}")  # fmt: skip
+        return Loaded(
+            checkpoint,
+            step,
+            f"warning: {what}; going on from step {step}, {checkpoint}, instead; what is damaged was renamed to "
+            f"{some(SET_ASIDE + error.checkpoint.name for error in damaged)}",
+        )
     if damaged:
         raise UserError(
             f"no checkpoint in {folder} is whole: {some((error.what for error in damaged), shown=3)}; put back a copy "

@@ -183,13 +183,12 @@ def remove_incomplete(folder: Path) -> None:
             path.rmdir()  # succeeds where it is empty: an earlier version was killed while it removed it
 
 
-def set_aside(checkpoint: Path) -> Path:
+def set_aside(checkpoint: Path) -> None:
     """Rename a damaged checkpoint, so that it is no longer one; it stays until the run has come as far again."""
     aside = checkpoint.with_name(SET_ASIDE + checkpoint.name)
     shutil.rmtree(aside, ignore_errors=True)
     with contextlib.suppress(OSError):  # of a folder that cannot be written the run will tell when it saves
         checkpoint.rename(aside)
-    return aside
 
 
 def remove(checkpoint: Path) -> None:

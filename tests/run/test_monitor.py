@@ -161,6 +161,25 @@ def test_a_full_disk_is_said_once_and_the_log_goes_on_when_there_is_room(tmp_pat
     assert [line["step"] for line in lines(tmp_path)] == [1, 4]
 
 
+def test_a_full_disk_below_tensorboard_s_thread_is_no_traceback(tmp_path, monkeypatch, capsys):
+    monitor = start(tmp_path)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    asynchronous = monitor._writer._get_file_writer().event_writer._async_writer
+    monkeypatch.setattr(asynchronous._writer, "write", full)
+    monitor.scalars(1, {"loss": 1.0})
+    asynchronous._worker.join(10)
+    assert not asynchronous._worker.is_alive()
+    for step in (2, 3):
+        monitor.scalars(step, {"loss": 1.0})
+    monitor.close()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "warning: the run's log" in error and "No space left" in error
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
 def test_a_log_file_that_was_removed_starts_again(tmp_path):
     monitor = start(tmp_path)
     monitor.scalars(1, {"loss": 1.0}, console=False)
