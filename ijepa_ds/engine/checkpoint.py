@@ -245,18 +245,18 @@ def load_newest(folder: Path, state: State, process: Process) -> Loaded | None:
             continue
         if not damaged:
             return Loaded(checkpoint, step)
-        for error in damaged if process.is_main else []:
-            set_aside(error.checkpoint)
-        what = "; ".join(error.what for error in damaged)
+        for one in damaged if process.is_main else []:
+            set_aside(one.checkpoint)
+        what = "; ".join(one.what for one in damaged)
         return Loaded(
             checkpoint,
             step,
             f"warning: {what}; going on from step {step}, {checkpoint}, instead; what is damaged was renamed to "
-            f"{some(SET_ASIDE + error.checkpoint.name for error in damaged)}",
+            f"{some(SET_ASIDE + one.checkpoint.name for one in damaged)}",
         )
     if damaged:
         raise UserError(
-            f"no checkpoint in {folder} is whole: {some((error.what for error in damaged), shown=3)}; put back a copy "
+            f"no checkpoint in {folder} is whole: {some((one.what for one in damaged), shown=3)}; put back a copy "
             "of one, or choose another ijepa.run.name to start over"
         )
     return None

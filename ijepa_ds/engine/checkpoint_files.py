@@ -34,12 +34,12 @@ UNFINISHED, SET_ASIDE = "tmp.", "damaged."  # before the name of a folder that i
 
 
 class SavedState(Checked):
-    """state.json: of which step, and what belongs to it. Format 1 had neither checksum nor a list of files."""
+    """state.json: of which step, and what belongs to it. Format 1 had no layout, list of files or checksum."""
 
     format: Literal[1, 2]
     step: Size
     processes: Count = 1
-    layout: str = "zero"
+    layout: str = "-"
     shapes: dict[str, list[Size]]  # whole, by parameter name
     files: dict[Annotated[str, Field(pattern=r"^rank_\d{5}\.safetensors$")], FileRecord] = Field(default_factory=dict)
     crc32: Crc | None = None  # of all the rest

@@ -97,9 +97,12 @@ def crc32(content: Any) -> str:
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether no value is NaN or infinite; waits for the device once, and needs no memory there."""
-    ends = [end for values in tensors if values.numel() for end in torch.aminmax(values)]  # NaN if any value is
-    return not ends or bool(torch.isfinite(torch.stack(ends)).all())
+    """Whether no value is NaN or infinite; waits for each device once, and needs no memory there."""
+    ends: dict[torch.device, list[Tensor]] = {}
+    for values in tensors:
+        if values.numel():
+            ends.setdefault(values.device, []).extend(torch.aminmax(values))  # NaN if any value is
+    return all(bool(torch.isfinite(torch.stack(found)).all()) for found in ends.values())
 
 
 def write_rank_file(path: Path, tensors: Slices, contents: Contents) -> FileRecord:

@@ -62,7 +62,7 @@ def save_as_two(folder: Path, step: int, seed: int = 0) -> Path:
         copied = snapshot(state_of(rank, 2, seed))
         record = write(copied, path, step, Process(rank, 2, torch.device("cpu")))
         records[rank_files.rank_file(rank)] = record
-    state = SavedState(format=2, step=step, processes=2, shapes=SHAPES, files=records)
+    state = SavedState(format=2, step=step, processes=2, layout="zero", shapes=SHAPES, files=records)
     (path / "state.json").write_bytes(checkpoint_files.state_json(state))
     return path
 
