@@ -317,7 +317,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole() -> None:
     assert "step_000000008/rank_00000.safetensors is damaged (" in run.output
     assert "going on from step 6" in run.output and "starting" not in run.output
     assert [row["step"] for row in run.rows] == list(range(1, 9)) and run.losses == losses
-    assert run.checkpoints == ["step_000000006", "step_000000008"]
+    assert run.checkpoints == ["step_000000003", "step_000000006", "step_000000008"]  # the damaged one is gone
 
 
 def test_a_run_without_a_whole_checkpoint_is_one_error() -> None:
