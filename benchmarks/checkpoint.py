@@ -84,6 +84,7 @@ class Parts:
         self.host = torch.ones_like(self.flat, device="cpu")
         self.copied = checkpoint.snapshot(state)
         self.saved = checkpoint.save(folder, 1, state, process, keep=1)
+        self.record: Any = None  # of the file that was written
 
     def sides(self) -> dict[str, Callable[[], object]]:
         """By name, in the order in which a checkpoint has them."""
@@ -102,10 +103,10 @@ class Parts:
 
     def write(self) -> None:
         checkpoint.begin(self.folder, 2, self.process)
-        checkpoint.write(self.copied, self.folder / "tmp.step_000000002", self.process.rank)
+        self.record = checkpoint.write(self.copied, checkpoint.unfinished(self.folder, 2), 2, self.process)
 
     def commit(self) -> None:
-        self.saved = checkpoint.commit(self.folder, 2, self.copied.shapes, self.process, keep=1)
+        self.saved = checkpoint.commit(self.folder, 2, self.copied, self.record, self.process, keep=1)
 
     def bare_write(self) -> None:
         path = self.folder / "bare"

@@ -5,6 +5,7 @@ import sys
 from ijepa_ds.errors import UserError, run_command
 
 COMMANDS = {
+    "checkpoints": ("ijepa_ds.run.checkpoints_command", "list a run's checkpoints, and whether they are whole"),
     "compare": ("ijepa_ds.evaluation.compare", "evaluations side by side, with the paper's numbers"),
     "demo": ("ijepa_ds.demo", "the whole job on built-in images: make, convert, pretrain, evaluate, export"),
     "evaluate": ("ijepa_ds.evaluation.command", "measure a run's target encoder beside a random one"),

@@ -47,12 +47,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_synced(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file that is on disk afterwards, for a folder that is renamed as a whole; raises OSError alone."""
+    """Write a file that is on disk afterwards, for a folder that is renamed as a whole."""
     with open(path, "wb") as file:
-        try:
-            write(file)
-        except RuntimeError as error:  # torch's zip writer covers the disk's own error with one of its own
-            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
+        write(file)
         file.flush()
         os.fsync(file.fileno())
 

@@ -11,7 +11,6 @@ import gc
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,9 +37,8 @@ from ijepa_ds.config import Config, load_config
 from ijepa_ds.data.beton import Dataset, inspect_dataset
 from ijepa_ds.data.file_set import files_of
 from ijepa_ds.data.pretraining_loader import Batch, PretrainingLoader
-from ijepa_ds.distributed import Process, Votes, from_main
-from ijepa_ds.engine.checkpoint import load
-from ijepa_ds.engine.checkpoint_files import checkpoint_step
+from ijepa_ds.distributed import Process, Votes
+from ijepa_ds.engine.checkpoint import load_newest
 from ijepa_ds.engine.stages import Cut, Stages
 from ijepa_ds.engine.trainable import Outcome, ShardedTrainable, Trainable
 from ijepa_ds.engine.warm_up import Shapes, compile_and_warm_up, warm_up
@@ -185,10 +183,9 @@ class Run:
         self.last_step = min(self.total_steps, config.ijepa.run.stop_after_steps or self.total_steps)
         self.folder = RunFolder(config)
         self.record = self.folder.prepare(config, loader.dataset.num_samples) if process.is_main else {}
-        # Rank 0 decides: on a shared file system others may see it late.
-        newest = self.folder.newest_checkpoint() if process.is_main else None
-        self.checkpoint: Path | None = from_main(newest, process)
-        first_step = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
+        # Before the log is opened, of which only what comes before this step stays.
+        self.loaded = load_newest(self.folder.checkpoints, trainable.state(), process)
+        first_step = 0 if self.loaded is None else self.loaded.step
         self.monitor = Monitor(
             self.folder.path,
             enabled=process.is_main,
@@ -207,8 +204,13 @@ class Run:
             grid=config.grid,
             steps_per_epoch=loader.steps_per_epoch,
         )
-        saved_step = -1 if self.checkpoint is None else first_step
-        self.saver = Saver(self.folder.checkpoints, config.ijepa.checkpoint, process, saved_step=saved_step)
+        self.saver = Saver(
+            self.folder.checkpoints,
+            config.ijepa.checkpoint,
+            process,
+            steps_per_epoch=loader.steps_per_epoch,
+            saved_step=-1 if self.loaded is None else first_step,
+        )
         self.losses, self.votes = LossSum(process), Votes(process)
         self._batch: Batch | None = None
         self._outcome: Outcome | None = None
@@ -228,11 +230,13 @@ class Run:
         self.stop.restore()
 
     def resume(self) -> int:
-        """Load the newest checkpoint, if there is one; returns the step to begin with."""
+        """Begin with what was loaded, if anything was; returns the step."""
         step = 0
-        if self.checkpoint is not None:
-            step = load(self.checkpoint, self.trainable.state(), self.process)
+        if self.loaded is not None:
+            step = self.loaded.step
             self.trainable.publish()
+            if self.loaded.warning is not None:
+                self.monitor.say(self.loaded.warning)
         self.monitor.text("config", f"```json\n{json.dumps(self.record, indent=2)}\n```")
         self.monitor.say(self._what_starts(step))
         self._warn_of_slow_bf16()
@@ -285,9 +289,8 @@ class Run:
         loss = self.losses.mean()
         if not math.isfinite(loss):
             raise UserError(
-                f"no loss since the last log line was finite at step {step}; the checkpoints up to step "
-                f"{max(0, self.saver.saved_step)} are good: lower ijepa.optimization.lr_peak, or look for broken "
-                "images with data_prep/to_ffcv.py --verify"
+                f"no loss since the last log line was finite at step {step}; lower ijepa.optimization.lr_peak, or look "
+                f"for broken images with data_prep/to_ffcv.py --verify; {self.saver.newest()}"
             )
         values = {
             "epoch": step / self.loader.steps_per_epoch,
@@ -323,7 +326,7 @@ class Run:
     def _what_starts(self, step: int) -> str:
         config, loader = self.config, self.loader
         millions = {name: count / 1e6 for name, count in self.trainable.num_parameters.items()}
-        beginning = "starting at step 0" if self.checkpoint is None else f"going on from step {step}"
+        beginning = "starting at step 0" if self.loaded is None else f"going on from step {step}"
         return (
             f"{config.ijepa.run.name}: encoder {millions['context_encoder']:.1f} M, predictor "
             f"{millions['predictor']:.1f} M parameters; {loader.dataset.num_samples} images, "

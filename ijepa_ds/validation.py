@@ -150,7 +150,8 @@ def _problem(model: type[BaseModel], detail: ErrorDetails) -> str:
     if kind in _COMPLAINTS:
         complaint = _COMPLAINTS[kind].format(**detail.get("ctx", {}))
     elif kind == "literal_error":
-        complaint = _choice(value, detail["ctx"]["expected"], model.model_fields[str(location[-1])].description)
+        field = model.model_fields.get(str(location[-1]))  # None below a dictionary of models
+        complaint = _choice(value, detail["ctx"]["expected"], field.description if field else None)
     return f"{key} = {json.dumps(value, default=repr)} {complaint}" if key else complaint
 
 

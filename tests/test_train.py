@@ -192,9 +192,9 @@ def test_losses_that_stay_not_finite_end_the_run_and_are_not_saved() -> None:
     config = tiny_config(ijepa__run__name="nan", ijepa__checkpoint__steps=1)
     run = run_training(config, 1, prepare=make_all_losses_nan)
     assert run.exit_codes == [2] and run.checkpoints == ["step_000000001", "step_000000002"]
-    assert the_error(run).startswith(
-        "error: no loss since the last log line was finite at step 3; the checkpoints up to step 2"
-    )
+    error = the_error(run)
+    assert error.startswith("error: no loss since the last log line was finite at step 3; lower")
+    assert "the checkpoint of step 2 held finite weights when it was written or read" in error
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -304,13 +304,29 @@ def fewer_images() -> Path:
     return write_beton(FOLDER / "fewer.beton", num_images=40)
 
 
-def test_a_damaged_newest_checkpoint_is_one_error() -> None:
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole() -> None:
+    """Its log too: what was logged after that checkpoint is taken back."""
+    config = tiny_config(ijepa__run__name="gone_back", ijepa__checkpoint__steps=3)
+    whole = run_training(config, 1)
+    path = whole.folder / "checkpoints" / "step_000000008" / "rank_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+    losses, run = whole.losses, run_training(config, 1)
+    assert run.exit_codes == [0] and run.output.count("warning: ") == 1, run.output
+    assert "step_000000008/rank_00000.safetensors is damaged (" in run.output
+    assert "going on from step 6" in run.output and "starting" not in run.output
+    assert [row["step"] for row in run.rows] == list(range(1, 9)) and run.losses == losses
+    assert run.checkpoints == ["step_000000003", "step_000000006", "step_000000008"]  # the damaged one is gone
+
+
+def test_a_run_without_a_whole_checkpoint_is_one_error() -> None:
     folder = FOLDER / "damaged_run" / bare_run(2).folder.name
     shutil.copytree(bare_run(2).folder, folder)
-    os.truncate(folder / "checkpoints" / "step_000000008" / "rank_00001.pt", 5000)
+    os.truncate(folder / "checkpoints" / "step_000000008" / "rank_00001.safetensors", 5000)
     run = run_training(tiny_config(ijepa__run__name=folder.name, ijepa__run__folder=str(folder.parent)), 2)
     assert set(run.exit_codes) <= {2, -9} and 2 in run.exit_codes and "Traceback" not in run.output
-    assert "rank_00001.pt is damaged" in run.output and "go on from the one before" in run.output
+    assert "no checkpoint in" in run.output and "rank_00001.safetensors is damaged" in run.output
 
 
 def test_data_without_labels_trains_without_nearest_neighbours() -> None:

@@ -17,6 +17,10 @@ class Part(Checked):
     ratio: float = Field(1.0, le=2)
 
 
+class Choice(Checked):
+    kind: Literal["first", "second"] = "first"
+
+
 class Whole(Checked):
     unknown: ClassVar[str] = "is no key"
 
@@ -25,6 +29,7 @@ class Whole(Checked):
     pair: Pair[float] = (0.0, 1.0)
     bounds: Bounds[int] = (1, 2)
     kind: Literal["first", "second"] = "first"
+    named: dict[str, Choice] = Field(default_factory=dict)
     off: Literal[False] = Field(False, description="nobody has built it")
     even: Annotated[int, must(lambda number: number % 2 == 0, "must be even")] = 0
     free: Any = None
@@ -57,6 +62,7 @@ def test_what_fits_is_taken_and_cannot_be_changed():
         ({"bounds": [2, 1]}, ["bounds = [2, 1] must be given as [smallest, largest]"]),
         ({"kind": "frist"}, ['kind = "frist" must be one of first, second; did you mean first?']),
         ({"kind": 3}, ["kind = 3 must be one of first, second"]),
+        ({"named": {"a": {"kind": 3}}}, ["named.a.kind = 3 must be one of first, second"]),
         ({"off": True}, ["off = true must be false: nobody has built it"]),
         ({"even": 3}, ["even = 3 must be even"]),
         ({"evne": 2}, ["evne is no key; did you mean even?"]),

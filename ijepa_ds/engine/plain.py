@@ -19,6 +19,8 @@ from ijepa_ds.method.schedules import Hyperparameters
 class Plain(ShardedTrainable):
     """A :class:`~ijepa_ds.engine.trainable.Trainable` in fp32."""
 
+    layout = "plain"
+
     def __init__(
         self,
         model: IJEPA,

@@ -78,6 +78,8 @@ class Stages(ShardedTrainable):
         UserError: DeepSpeed refuses the settings.
     """
 
+    layout = "stages"
+
     def __init__(
         self,
         model: IJEPA,

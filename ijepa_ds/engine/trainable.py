@@ -50,6 +50,7 @@ class State:
     slices: dict[str, Slices]  # "master", "exp_avg", "exp_avg_sq", "target"
     adam_steps: dict[str, list[Tensor]]  # group -> its counters: one, or one a parameter
     owned: bool  # false where another process holds the same
+    layout: str  # how the processes share it, for those who look at a checkpoint: any layout reads any other
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -94,6 +95,8 @@ class ShardedTrainable:
         to_input: images of a batch -> the encoders' input [B, 3, H, W].
         relay: for the average, where other stages hold a part of the context encoder.
     """
+
+    layout = "zero"
 
     def __init__(
         self,
@@ -155,7 +158,7 @@ class ShardedTrainable:
         adam_steps: dict[str, list[Tensor]] = {}
         for shard, state in adam:
             adam_steps.setdefault(shard.group, []).append(state["step"])
-        return State(slices, adam_steps, self.owned)
+        return State(slices, adam_steps, self.owned, self.layout)
 
     def publish(self) -> None:
         """See :class:`Trainable`."""

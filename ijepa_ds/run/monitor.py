@@ -6,8 +6,10 @@ Nothing here touches the device: values arrive as Python floats, read where the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -83,6 +85,7 @@ class Monitor:
         self._warned = False
         if not enabled:
             return
+        _hide_full_disks_of_tensorboard()
         # Imported here because it takes seconds that only rank 0 should spend.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -186,6 +189,18 @@ class Monitor:
                     warning = f"warning: the run's log in {self.folder} has gaps from here ({reason}); training goes on"
                     print(warning, file=sys.stderr, flush=True)
             return False
+
+
+@functools.cache
+def _hide_full_disks_of_tensorboard() -> None:
+    """Keep the traceback of TensorBoard's writing thread from stderr: the next call raises what it met, once."""
+    report = threading.excepthook
+
+    def hook(died: threading.ExceptHookArgs) -> None:
+        if not (isinstance(died.exc_value, OSError) and type(died.thread).__name__ == "_AsyncWriterThread"):
+            report(died)
+
+    threading.excepthook = hook
 
 
 def scalar_tag(name: str) -> str:

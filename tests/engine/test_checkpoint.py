@@ -88,15 +88,16 @@ def die_while_saving() -> None:
     """On the last rank, SIGKILL after half of the first checkpoint's file has been written."""
     if os.environ["RANK"] != str(int(os.environ["WORLD_SIZE"]) - 1):
         return
-    whole = torch.save
+    from ijepa_ds.engine import checkpoint
 
-    def half(tensors: dict, file) -> None:
-        whole(tensors, file)
-        file.flush()
-        file.truncate(file.tell() // 2)
+    whole = checkpoint._write_rank_file
+
+    def half(path: Path, *arguments: object) -> None:
+        whole(path, *arguments)
+        os.truncate(path, path.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    torch.save = half
+    checkpoint._write_rank_file = half
 
 
 def terminate_after_the_fifth_step() -> None:
@@ -243,7 +244,7 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(case: int, world_size: i
         if of == world_size and stage == 2:  # as if it had never been saved
             assert rank[case]["losses"] == saved(of)[1][0]["losses"]
     again = FOLDER / f"again_{of}_{world_size}_{stage}" / "step_000000002"
-    assert len(list(again.glob("rank_*.pt"))) == (1 if stage in (0, PLAIN) else world_size)
+    assert len(list(again.glob("rank_*.safetensors"))) == (1 if stage in (0, PLAIN) else world_size)
     for kind in ("master", "exp_avg", "exp_avg_sq", "target"):
         assert_same_tensors(read_weights(again, kind), read_weights(saved(of)[0], kind))
 
@@ -307,9 +308,9 @@ def damaged_copies() -> dict[str, Path]:
         copies[name] = FOLDER / "damaged" / name / "step_000000002"
         shutil.copytree(source, copies[name])
     for name, size in (("truncated", 10_000), ("empty", 0)):
-        os.truncate(copies[name] / "rank_00001.pt", size)
-    (copies["missing"] / "rank_00000.pt").unlink()
-    (copies["garbage"] / "rank_00001.pt").write_bytes(b"\x80garbage" * 1000)
+        os.truncate(copies[name] / "rank_00001.safetensors", size)
+    (copies["missing"] / "rank_00000.safetensors").unlink()
+    (copies["garbage"] / "rank_00001.safetensors").write_bytes(b"\x80garbage" * 1000)
     for path in copies["no_ranks"].glob("rank_*"):
         path.unlink()
     (copies["state"] / "state.json").write_bytes(b"\x00\xff{" * 10)
@@ -350,11 +351,11 @@ def damaged() -> tuple[dict[str, Path], dict[str, str]]:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("truncated", "rank_00001.pt is damaged"),
-        ("empty", "rank_00001.pt is damaged"),
-        ("garbage", "rank_00001.pt is damaged"),
-        ("missing", "lacks"),
-        ("no_ranks", "holds no rank_"),
+        ("truncated", "rank_00001.safetensors is damaged"),
+        ("empty", "rank_00001.safetensors is damaged"),
+        ("garbage", "rank_00001.safetensors is damaged"),
+        ("missing", "rank_00000.safetensors is missing"),
+        ("no_ranks", "rank_00000.safetensors is missing"),
         ("state", "is damaged"),
         ("state_list", "is damaged"),
         ("state_keys", "is damaged"),
@@ -394,7 +395,7 @@ def test_only_the_newest_stay() -> None:
 def test_what_is_unfinished_is_not_listed_and_is_removed(tmp_path: Path) -> None:
     for name in ("step_000000001", "tmp.step_000000002", "step_000000003"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "rank_00000.pt").write_bytes(b"")
+        (tmp_path / name / "rank_00000.safetensors").write_bytes(b"")
     for name in ("step_000000001", "tmp.step_000000002"):
         (tmp_path / name / "state.json").write_text("{}")
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000000001"]
@@ -413,8 +414,8 @@ def train_while_writing(folder: Path) -> dict:
     train_steps(parts, range(1, 2))
     moved = any(not torch.equal(masters[name], values) for name, values in masters_of(parts).items())
     begin(folder, 1, parts.process)
-    write(copied, folder / "tmp.step_000000001", parts.process.rank)
-    commit(folder, 1, copied.shapes, parts.process, keep=1)
+    record = write(copied, folder / "tmp.step_000000001", 1, parts.process)
+    commit(folder, 1, copied, record, parts.process, keep=1)
     return {"masters": masters, "averages": averages, "moved": moved}
 
 

@@ -27,6 +27,8 @@ from distributed_runs import (
 )
 from safetensors.torch import load_file
 
+from ijepa_ds.engine.checkpoint_files import open_checkpoint, state_json
+from ijepa_ds.engine.rank_files import Contents, write_rank_file
 from ijepa_ds.evaluation.compare import main as compare_main
 from ijepa_ds.evaluation.results import Results, read_results
 from ijepa_ds.evaluation.subject import load_subject
@@ -371,11 +373,11 @@ def refusals() -> dict[str, tuple[list[object], list[str]]]:
             ["of which no training image is used: "],
         ),
         "broken run": (
-            ["--checkpoint", nan_run(), *data],
+            ["--checkpoint", overflowing_run(), *data],
             ["hold NaN or infinity"],
         ),
         "broken run, augmented": (
-            ["--checkpoint", nan_run(), *data, "--task", "linear", "--epochs", 1],
+            ["--checkpoint", overflowing_run(), *data, "--task", "linear", "--epochs", 1],
             ["hold NaN or infinity"],
         ),
         "no images": (["--checkpoint", run, *data, "--train-images", 0], ["--train-images"]),
@@ -391,14 +393,20 @@ def named_classes(split: str, names: str) -> Path:
 
 
 @once
-def nan_run() -> Path:
+def overflowing_run() -> Path:
     folder = FOLDER / "probe_nan"
     shutil.copytree(trained().folder, folder)
-    (file,) = folder.glob("checkpoints/step_000000002/rank_*.pt")
-    content = torch.load(file, weights_only=True)
-    for _, values in content["target"].values():
-        values[0] = float("nan")
-    torch.save(content, file)
+    (checkpoint,) = folder.glob("checkpoints/step_000000002")
+    opened = open_checkpoint(checkpoint)
+    (file,), slices = opened.files, {}
+    for kind, extents in file.extents.items():
+        slices[kind] = {name: (first, file.read(kind, name)) for name, (first, _) in extents.items()}
+    for _, values in slices["target"].values():
+        values[0] = 3e38  # finite, as a checkpoint's weights must be; what is computed from it is not
+    contents = Contents(step=2, rank=0, processes=1, layout="zero", adam_steps=file.adam_steps, slices={})
+    record = write_rank_file(file.path, slices, contents)
+    state = opened.state.model_copy(update={"files": {file.path.name: record}})
+    (checkpoint / "state.json").write_bytes(state_json(state))
     return folder
 
 

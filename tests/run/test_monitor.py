@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from ijepa_ds.errors import UserError
 from ijepa_ds.progress import duration
 from ijepa_ds.run import metrics_file
 from ijepa_ds.run.meter import Meter
-from ijepa_ds.run.monitor import Monitor, scalar_tag
+from ijepa_ds.run.monitor import Monitor, _hide_full_disks_of_tensorboard, scalar_tag
 
 
 class Clock:
@@ -159,6 +160,34 @@ def test_a_full_disk_is_said_once_and_the_log_goes_on_when_there_is_room(tmp_pat
     assert output.err.count("\n") == 1 and "No space left on device" in output.err
     assert output.out.count("step") == 4
     assert [line["step"] for line in lines(tmp_path)] == [1, 4]
+
+
+def test_a_full_disk_below_tensorboard_s_thread_is_no_traceback(tmp_path, monkeypatch, capsys):
+    reported = []
+    monkeypatch.setattr(threading, "excepthook", reported.append)  # pytest's own would hide it
+    _hide_full_disks_of_tensorboard.cache_clear()
+    monitor = start(tmp_path)
+    _hide_full_disks_of_tensorboard.cache_clear()
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    asynchronous = monitor._writer._get_file_writer().event_writer._async_writer
+    monkeypatch.setattr(asynchronous._writer, "write", full)
+    monitor.scalars(1, {"loss": 1.0})
+    asynchronous._worker.join(10)
+    assert not asynchronous._worker.is_alive()
+    for step in (2, 3):
+        monitor.scalars(step, {"loss": 1.0})
+    monitor.close()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "warning: the run's log" in error and "No space left" in error
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert not reported
+    other = threading.Thread(target=full)
+    other.start()
+    other.join()
+    assert len(reported) == 1  # what is not TensorBoard's is not hidden
 
 
 def test_a_log_file_that_was_removed_starts_again(tmp_path):
