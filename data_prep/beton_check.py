@@ -6,8 +6,8 @@ be found here.
 
 from __future__ import annotations
 
-import json
 import os
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,6 +19,8 @@ from ffcv.reader import Reader
 
 from data_prep.images import JPG, EncodedImage
 from data_prep.sidecar import sidecar_path
+from ijepa_ds.data.beton_checksums import DamagedChecksums, checksums_of, read_checksums, tables_problem
+from ijepa_ds.data.file_set import read_note
 from ijepa_ds.errors import UserError, listing
 from ijepa_ds.files import checksum, read_at
 from ijepa_ds.progress import Progress
@@ -29,14 +31,24 @@ SPAN = 256  # samples that a thread takes at a time
 
 def verify(path: str, *, num_workers: int) -> int:
     """Check ``path``, say what was found, and return the exit code: 0, or 2 where anything is wrong."""
-    problems = list(_sidecar_problems(path))
+    if not os.path.isfile(path):
+        raise UserError(f"there is no file {path} to verify: check the path")
+    problems = list(_file_problems(path))
     try:
         reader = Reader(path)
-    except (OSError, ValueError, AssertionError, TypeError, LookupError) as error:
+    except (OSError, ValueError, AssertionError, TypeError, LookupError, MemoryError, OverflowError) as error:
         raise UserError(
             f"{path} is not a whole .beton file ({type(error).__name__}: {error}): convert the images again"
         ) from error
-    samples = Samples(reader, path)
+    if damaged_tables := tables_problem(reader, path):  # nothing can be told of images whose places are not known
+        print(f"{path}: {damaged_tables}: copy or convert it again")
+        return 2
+    checksums = None
+    try:
+        checksums = read_checksums(path, int(reader.num_samples))
+    except DamagedChecksums as damaged:
+        problems.append(f"{damaged}, so its images cannot be compared one by one: copy that file again")
+    samples = Samples(reader, path, checksums)
     bad = samples.decode_all(num_workers=num_workers)
     if bad:
         each = [f"bad sample {sample}: {bad[sample]}" for sample in sorted(bad)]
@@ -44,26 +56,22 @@ def verify(path: str, *, num_workers: int) -> int:
     for problem in problems:
         print(f"{path}: {problem}")
     if not problems:
-        print(f"{path}: all {len(samples):,} samples decode ({', '.join(reader.field_names)})")
+        compared = "are as they were written and decode" if checksums is not None else "decode"
+        print(f"{path}: all {len(samples):,} samples {compared} ({', '.join(reader.field_names)})")
     return 2 if problems else 0
 
 
-def _sidecar_problems(path: str) -> Iterator[str]:
-    """Where the file differs from what was written down beside it."""
-    if not os.path.isfile(path):
-        raise UserError(f"there is no file {path} to verify: check the path")
-    sidecar = sidecar_path(path)
-    if not os.path.exists(sidecar):
-        print(f"{sidecar} is missing, so the checksum is not compared")
+def _file_problems(path: str) -> Iterator[str]:
+    """Where the file as a whole differs from what its note says, and, printed, what cannot be compared."""
+    sidecar, note = sidecar_path(path), read_note(path)
+    if not note:
+        print(f"{sidecar} is missing, so checksums are not compared: a change that still decodes is not seen")
         return
-    try:
-        with open(sidecar, encoding="utf-8") as file:
-            expected = json.load(file)
-        size, digest = expected["bytes"], expected["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{sidecar} cannot be read ({type(error).__name__}: {error}): restore it, or remove it to do without"
-        ) from error
+    if not checksums_of(note):
+        print(f"{sidecar} is of an earlier version, without a checksum of each image: only the whole is compared")
+    size, digest = note.get("bytes"), note.get("sha256")
+    if size is None or digest is None:
+        raise UserError(f"{sidecar} lacks the size or the checksum: restore it, or remove it to do without")
     if os.path.getsize(path) != size:
         yield f"it has {os.path.getsize(path)} bytes, but {size} were written: copy or convert it again"
     elif checksum(path) != digest:
@@ -77,8 +85,8 @@ class DamagedSample(Exception):
 class Samples:
     """The stored images of a .beton, to be decoded by FFCV's own function, whose result FFCV does not look at."""
 
-    def __init__(self, reader: Reader, path: str) -> None:
-        self.path = path
+    def __init__(self, reader: Reader, path: str, checksums: np.ndarray | None = None) -> None:
+        self.path, self.checksums = path, checksums  # uint32 [num_samples], where they are known
         images = [name for name, handler in reader.handlers.items() if type(handler).__name__ == "RGBImageField"]
         if not images or not reader.num_samples:
             raise UserError(f"{path} holds no images: convert them again")
@@ -138,6 +146,8 @@ class Samples:
         payload = np.frombuffer(read_at(descriptor, size, pointer), dtype=np.uint8)
         if len(payload) != size:
             raise DamagedSample("the file ends before it does")
+        if self.checksums is not None and zlib.crc32(payload.data) != int(self.checksums[sample]):
+            raise DamagedSample("its bytes are not what was written")
         if not height or not width:
             raise DamagedSample("it has no size")
         if mode != JPG and size != 3 * height * width:

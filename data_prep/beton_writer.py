@@ -15,8 +15,9 @@ import multiprocessing
 import os
 import signal
 import threading
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.sharedctypes import Synchronized
@@ -30,7 +31,16 @@ from ffcv.memory_allocator import MemoryAllocator
 from ffcv.types import ALLOC_TABLE_TYPE
 from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter, worker_job_indexed_dataset
 
-from data_prep.images import EncodedImage, Encoding, UnreadableImage, decode_rgb, encode_image, quiet_decoding
+from data_prep.images import (
+    LIMITS,
+    EncodedImage,
+    Encoding,
+    Limits,
+    UnreadableImage,
+    decode_rgb,
+    encode_image,
+    quiet_decoding,
+)
 from data_prep.source import Source
 from ijepa_ds.errors import UserError
 from ijepa_ds.progress import Progress
@@ -107,15 +117,23 @@ class EncodedSamples:
     encoding: Encoding
     reports: Connection
     first: int  # number of the first sample in the whole source, where this is a part of it
+    limits: Limits
+    alone: AbstractContextManager  # a lock of all workers: one large image at a time
+    checksums: np.ndarray  # uint32 [num_samples], CRC-32 of what is stored; all workers fill it
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, sample: int) -> tuple:
         try:
-            image = encode_image(decode_rgb(self.source.read(sample)), self.first + sample, self.encoding)
+            pixels = decode_rgb(self.source.read(sample), self.limits, alone=self.alone)
+            image = encode_image(pixels, self.first + sample, self.encoding)
+            self.checksums[sample] = zlib.crc32(image.payload.data)
         except (UnreadableImage, OSError) as error:
             send_report(self.reports, sample, getattr(error, "strerror", None) or str(error))
+            image = None
+        except MemoryError:  # of the file's bytes or the smaller image: decoding says so itself
+            send_report(self.reports, sample, "there was not enough memory for it")
             image = None
         return (image, *(values[sample] for values in self.source.labels.values()))
 
@@ -155,8 +173,9 @@ class BetonWriter(DatasetWriter):
         self.metadata_sm: Any
         self.kept = np.zeros(0, dtype=bool)  # [num_samples]
         self.rows = np.zeros(0, dtype=self.metadata_type)  # [samples written], FFCV's metadata
+        self.checksums = np.zeros(0, dtype=np.uint32)  # [samples written], CRC-32 of each stored image
 
-    def write(self, source: Source, encoding: Encoding, *, first: int = 0) -> None:
+    def write(self, source: Source, encoding: Encoding, *, limits: Limits = LIMITS, first: int = 0) -> None:
         """Convert ``source``, whose samples are numbered from ``first`` on.
 
         Raises UserError if a worker dies or nothing is readable, OSError if the disk fails.
@@ -166,8 +185,10 @@ class BetonWriter(DatasetWriter):
         cv2.setNumThreads(1)  # before the fork: a child has not the threads of OpenCV's pool, and would wait for them
         try:
             spans = Spans(len(source), self.num_workers)
-            samples = EncodedSamples(source, encoding, reports_end, first)
+            checksums = SharedBytes(4 * len(source)).array(np.dtype(np.uint32))
+            samples = EncodedSamples(source, encoding, reports_end, first, limits, FORK.Lock(), checksums)
             self._write_common(len(source), spans, worker_job_indexed_dataset, (samples,))
+            self.checksums = checksums[self.kept]
         finally:
             cv2.setNumThreads(num_threads)
             self.reports.close()

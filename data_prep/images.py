@@ -9,6 +9,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ import cv2
 import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
+
+from data_prep.early_ends import MOST_SCANS, ends_early, has_too_many_scans, strips_of
 
 # Only formats that are images and nothing else: Pillow would start another program for EPS, for instance.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -49,6 +52,24 @@ class Encoding:
     smart_threshold: int | None = None
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What decoding an image may take, judged by its header before any pixel is decoded.
+
+    ``pixels``: by default Pillow's ``MAX_IMAGE_PIXELS``, from which on it warns of a "decompression bomb".
+    ``memory``: bytes, of the decoder, its pixels and ours together; as :func:`memory_needed` estimates it.
+    """
+
+    pixels: int = 89_478_485
+    memory: int = 2 << 30
+
+
+LIMITS = Limits()
+# Bytes for each pixel that decoders take beside the pixels that they give: what was measured, and some more.
+DECODER_BYTES = {"JPEG": 6, "MPO": 6, "WEBP": 12, "AVIF": 12, "JPEG2000": 20, "TIFF": 4, "PPM": 4}
+LARGE = 256 << 20  # bytes; images that need more are decoded one at a time, whatever the number of workers
+
+
 @contextlib.contextmanager
 def quiet_decoding() -> Iterator[None]:
     """Without Pillow's warnings: what they tell (odd EXIF, many pixels) is harmless or raised as an error by us."""
@@ -57,35 +78,83 @@ def quiet_decoding() -> Iterator[None]:
         yield
 
 
-def decode_rgb(data: bytes) -> np.ndarray:
+def decode_rgb(data: bytes, limits: Limits = LIMITS, *, alone: AbstractContextManager | None = None) -> np.ndarray:
     """The first image in ``data`` as RGB uint8 [H, W, 3], turned upright as its EXIF says, transparency over white.
 
-    Raises UnreadableImage for anything that does not decode to its end.
+    ``alone`` is entered while an image is decoded that needs more than ``LARGE``.
+
+    Raises UnreadableImage for anything that does not decode to its end, or is beyond ``limits``.
     """
     if not data:
         raise UnreadableImage("the file is empty")
     if not Image.OPEN:
         Image.init()
     try:
-        with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-            image.load()
-            return np.ascontiguousarray(_upright(_rgb(image), _orientation(image)))
+        with _bomb_limit(limits), Image.open(io.BytesIO(data), formats=_formats()) as image:
+            needed = memory_needed(image)
+            if needed > limits.memory:
+                raise UnreadableImage(
+                    f"{_size(image)} pixels of this kind need about {needed >> 20:,} MiB to decode, more than "
+                    f"--max-memory {limits.memory >> 20}"
+                )
+            with alone if alone and needed > LARGE else contextlib.nullcontext():
+                return _decoded(image, data)
     except UnreadableImage:
         raise
     except Image.UnidentifiedImageError as error:
         raise UnreadableImage("not an image in a known format") from error
     except Image.DecompressionBombError as error:
-        raise UnreadableImage(f"too many pixels: {error}") from error
-    except MemoryError:
-        raise  # the machine's fault, not the file's
+        raise UnreadableImage(f"more than {limits.pixels:,} pixels (--max-pixels): {error}") from error
+    except MemoryError as error:
+        raise UnreadableImage("there was not enough memory to decode it") from error
     except Exception as error:  # Pillow's decoders raise nearly every type for a damaged file
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
+def memory_needed(image: Image.Image) -> int:
+    """About how many bytes decoding takes for an image of which only the header was read."""
+    pillow = {"1": 1, "L": 1, "P": 1}.get(image.mode, 2 if image.mode.startswith("I;16") else 4)
+    ours = 3 + 3  # RGB, and once more if it is turned
+    return image.width * image.height * (pillow + DECODER_BYTES.get(image.format or "", 0) + ours)
+
+
+@contextlib.contextmanager
+def _bomb_limit(limits: Limits) -> Iterator[None]:
+    """Let Pillow refuse at our limit: it looks before some decoders are made, which take memory for all pixels."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = limits.pixels / 2  # type: ignore[assignment]  # it raises above twice its number
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _formats() -> list[str]:
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width:,} x {image.height:,}"
+
+
+def _decoded(image: Image.Image, data: bytes) -> np.ndarray:
+    if has_too_many_scans(image, data):
+        raise UnreadableImage(f"its pixels come in more than {MOST_SCANS} scans, as no program writes them")
+    image.load()
+    if ends_early(image, data):
+        raise UnreadableImage(f"its data ends before the last of its {_size(image)} pixels")
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    wide = _is_wide(image)
+    white = _white(image) if wide else 0
+    for top, strip in strips_of(image):
+        pixels[top : top + strip.height] = _grey_8bit(strip, white)[:, :, None] if wide else _rgb(strip)
+    orientation = _orientation(image)
+    image.close()
+    return np.ascontiguousarray(_upright(pixels, orientation))
+
+
 def _rgb(image: Image.Image) -> np.ndarray:
-    """[H, W, 3] uint8 of an image of any mode, not yet turned upright."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return np.repeat(_grey_8bit(image)[:, :, None], 3, axis=2)
+    """[H, W, 3] uint8 of an image of any mode of 8 bits, not yet turned upright."""
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
@@ -93,18 +162,27 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _grey_8bit(image: Image.Image) -> np.ndarray:
-    """[H, W] uint8 of a grey image with more than 8 bits, scaled (Pillow's own conversion clips at 255)."""
+def _is_wide(image: Image.Image) -> bool:
+    """Whether grey values have more than 8 bits; Pillow's own conversion clips them at 255."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _white(image: Image.Image) -> int:
+    """The grey value that means white in an image of more than 8 bits."""
     # Netpbm and PNG say that 65535 is white. The range of other 32-bit and of float images is anyone's guess.
     if not image.mode.startswith("I;16") and not (image.mode == "I" and image.format in ("PPM", "PNG")):
         raise UnreadableImage(
             f"grey values of the type '{image.mode}' have no defined white: convert the file to 8 or 16 bits"
         )
-    values = np.asarray(image).astype(np.uint32)
     bits = (
         image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] if isinstance(image, TiffImageFile) else 16
     )  # 12 from some cameras
-    white = (1 << bits) - 1
+    return (1 << bits) - 1
+
+
+def _grey_8bit(image: Image.Image, white: int) -> np.ndarray:
+    """[H, W] uint8 of a grey image with more than 8 bits, scaled."""
+    values = np.asarray(image).astype(np.uint32)
     grey = ((np.minimum(values, white) * 255 + white // 2) // white).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -150,7 +228,11 @@ def encode_image(pixels: np.ndarray, sample: int, encoding: Encoding) -> Encoded
     """Store RGB uint8 [H, W, 3]. What ``proportion`` does depends on ``sample``, its position in the source, alone."""
     height, width = target_size(*pixels.shape[:2], bound=encoding.max_resolution, short_bound=encoding.resize_short)
     if (height, width) != pixels.shape[:2]:
-        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)  # as FFCV's RGBImageField
+        try:
+            pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)  # as FFCV's RGBImageField
+        except cv2.error as error:
+            before = f"{pixels.shape[1]:,} x {pixels.shape[0]:,}"
+            raise UnreadableImage(f"OpenCV cannot shrink {before} to {width} x {height} pixels") from error
     if _as_jpeg(pixels, sample, encoding):
         quality = [int(cv2.IMWRITE_JPEG_QUALITY), encoding.jpeg_quality]
         done, jpeg = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), quality)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -11,10 +12,17 @@ from typing import TypeVar
 import numpy as np
 
 AnySource = TypeVar("AnySource", bound="Source")
+MOST_BYTES = 1 << 30  # of an image's file
 IMAGE_SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 }
+
+
+def check_file_size(size: int) -> None:
+    """Raise OSError for a file of more bytes than an image has, before it is read into memory."""
+    if size > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"its file has {size:,} bytes, more than the {MOST_BYTES:,} that an image may have")
 
 
 class PackedNames:
@@ -53,6 +61,7 @@ class Source:
     def read(self, index: int) -> bytes:
         """The bytes of one image's file. Raises OSError."""
         with open(os.path.join(self.root, self.names[index]), "rb") as file:
+            check_file_size(os.fstat(file.fileno()).st_size)
             return file.read()
 
     def take(self: AnySource, indices: np.ndarray) -> AnySource:

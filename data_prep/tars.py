@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.source import Source
+from data_prep.source import Source, check_file_size
 from ijepa_ds.errors import UserError
 from ijepa_ds.files import read_at
 
@@ -38,6 +38,7 @@ class TarSource(Source):
 
     def read(self, index: int) -> bytes:
         tar, offset, size = map(int, self.places[index])
+        check_file_size(size)
         return read_at(self._descriptor(tar), size, offset)
 
     def _descriptor(self, tar: int) -> int:

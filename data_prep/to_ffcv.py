@@ -25,9 +25,18 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs in a checkout that was not installed
-from data_prep.images import WRITE_MODES, Encoding, UnreadableImage, decode_rgb, encode_image, quiet_decoding
+from data_prep.images import (
+    LIMITS,
+    WRITE_MODES,
+    Encoding,
+    Limits,
+    UnreadableImage,
+    decode_rgb,
+    encode_image,
+    quiet_decoding,
+)
 from data_prep.parts import Part, parse_part, take_part
-from data_prep.sidecar import describe, packed_names, publish
+from data_prep.sidecar import describe, packed_checksums, packed_names, publish
 from data_prep.source import Source
 from data_prep.sources import open_source
 from ijepa_ds.errors import UserError, hide_finalizers_of_numba, listing, run_command
@@ -68,6 +77,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--no-labels", action="store_true", help="write no labels; a folder's sub-folders are not classes then")
     skip = "leave out files that cannot be read instead of failing at the end"
     add("--skip-unreadable", action="store_true", help=skip)
+    most = f"images of more are unreadable, judged by their headers (default {LIMITS.pixels:,}, Pillow's own bound)"
+    add("--max-pixels", type=int, default=LIMITS.pixels, metavar="N", help=most)
+    memory = "the same for images that need more memory to decode, about (default %(default)s)"
+    add("--max-memory", type=int, default=LIMITS.memory >> 20, metavar="MIB", help=memory)
     add("--force", action="store_true", help="replace OUT.beton where it exists")
     arguments = parser.parse_args(argv)
     if arguments.workers is None:
@@ -122,6 +135,8 @@ def _check_range(arguments: argparse.Namespace) -> None:
         "compress_probability": (0, 1),
         "smart_threshold": (0, None),
         "limit": (1, None),
+        "max_pixels": (1, None),
+        "max_memory": (1, None),
     }
     for name, (low, high) in limits.items():
         value = getattr(arguments, name)
@@ -190,32 +205,34 @@ def write_beton(arguments: argparse.Namespace, source: Source, encoding: Encodin
     """Write OUT.beton and its note; returns how many samples it has. Raises OSError where it cannot be written."""
     folder = os.path.dirname(os.path.abspath(arguments.out))
     os.makedirs(folder, exist_ok=True)
-    check_space(source, encoding, folder)
+    limits = Limits(arguments.max_pixels, arguments.max_memory << 20)
+    check_space(source, encoding, limits, folder)
     # FFCV brings torch and numba, seconds of import: after the mistakes are found.
     from data_prep.beton_writer import BetonWriter
 
     with temporary_beside(arguments.out) as temporary:
         workers, resolution = min(arguments.workers, len(source)), encoding.max_resolution
         writer = BetonWriter(str(temporary), labels=source.labels, max_resolution=resolution, num_workers=workers)
-        writer.write(source, encoding, first=part.first if part else 0)
+        writer.write(source, encoding, limits=limits, first=part.first if part else 0)
         report_unreadable(source, writer.unreadable)
         if writer.unreadable and not arguments.skip_unreadable:
             raise UserError(
                 f"{len(writer.unreadable)} of {len(source)} files could not be read (listed above), so {arguments.out} "
                 "was not written: mend or remove them, or give --skip-unreadable to leave them out"
             )
-        note = describe(writer, source, encoding, given_source=arguments.source, limit=arguments.limit, part=part)
-        publish(arguments.out, temporary, note, packed_names(writer, source))
+        given, limit = arguments.source, arguments.limit
+        note = describe(writer, source, encoding, limits, given_source=given, limit=limit, part=part)
+        publish(arguments.out, temporary, note, packed_names(writer, source), packed_checksums(writer))
     return len(writer.rows)
 
 
-def check_space(source: Source, encoding: Encoding, folder: str) -> None:
+def check_space(source: Source, encoding: Encoding, limits: Limits, folder: str) -> None:
     """Encode a few images; raise UserError where the whole certainly does not fit onto the disk."""
     sizes = []
     with quiet_decoding():
         for sample in np.linspace(0, len(source) - 1, min(NUM_PROBES, len(source))).astype(int).tolist():
-            with contextlib.suppress(UnreadableImage, OSError):
-                sizes.append(encode_image(decode_rgb(source.read(sample)), sample, encoding).payload.nbytes)
+            with contextlib.suppress(UnreadableImage, OSError, MemoryError):
+                sizes.append(encode_image(decode_rgb(source.read(sample), limits), sample, encoding).payload.nbytes)
     if not sizes:
         return
     expected, free = float(np.mean(sizes)) * len(source), shutil.disk_usage(folder).free

@@ -17,13 +17,15 @@ from pathlib import Path
 
 import ijepa_ds.data  # noqa: F401  # isort: skip  # before ffcv, which then imports in no time
 import cv2
+import numpy as np
 from ffcv.reader import Reader
 
 from data_prep.beton_check import SPAN, DamagedSample, Samples
 from data_prep.folders import SPLIT_NAMES
 from data_prep.images import JPG, EncodedImage
 from data_prep.sidecar import names_path
-from ijepa_ds.data.beton import Dataset, class_names, inspect_dataset, read_labels, read_names
+from ijepa_ds.data.beton import BetonFile, Dataset, class_names, inspect_dataset, read_labels, read_names
+from ijepa_ds.data.beton_checksums import DamagedChecksums, read_checksums
 from ijepa_ds.errors import UserError
 from ijepa_ds.progress import Progress
 
@@ -38,7 +40,7 @@ def unpack(given: str, folder: str, *, num_workers: int) -> int:
         UserError: there is no such set, the folder is there already, the disk is too small, or a sample is damaged.
     """
     dataset = inspect_dataset(given)
-    samples = [Samples(Reader(path), path) for path in dataset.paths]
+    samples = [Samples(Reader(file.path), file.path, _checksums(file)) for file in dataset.files]
     if os.path.exists(folder):
         raise UserError(f"{folder} exists already: give another name for --unpack")
     target = os.path.abspath(folder)
@@ -60,6 +62,13 @@ def unpack(given: str, folder: str, *, num_workers: int) -> int:
     layout = f" in {len(places.folders):,} class folders" if places.folders else ""
     print(f"{folder}: {dataset.num_samples:,} images{layout}, labels and names in {LABELS}")
     return 0
+
+
+def _checksums(file: BetonFile) -> np.ndarray | None:
+    try:
+        return read_checksums(file.path, file.num_samples)
+    except DamagedChecksums as damaged:
+        raise UserError(f"{damaged}, so the images cannot be checked: copy that file again") from damaged
 
 
 @contextmanager

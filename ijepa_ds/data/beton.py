@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 
+from ijepa_ds.data.beton_checksums import tables_problem
 from ijepa_ds.data.file_set import Paths, check_set, described, files_of, read_note
 from ijepa_ds.data.mapped_files import starts_of
 from ijepa_ds.errors import UserError
@@ -71,7 +72,8 @@ def inspect_dataset(paths: Paths) -> Dataset:
     """Read the headers of the .beton files that ``paths`` name: one, a list, or a pattern with * (sorted by name).
 
     Raises:
-        UserError: a file is missing, truncated or of other fields, or the files are no set: a shard is missing, say.
+        UserError: a file is missing, truncated or of other fields, its tables are not what its note says was written,
+            or the files are no set: a shard is missing, say.
     """
     files = [_inspect_file(Path(path)) for path in files_of(paths)]
     for file in files[1:]:
@@ -94,6 +96,8 @@ def _inspect_file(path: Path) -> BetonFile:
         table = reader.alloc_table
     except (OSError, ValueError, LookupError, AssertionError, TypeError, MemoryError, OverflowError) as error:
         raise UserError(f"{path} is not a complete .beton ({type(error).__name__}: {error}); {cure}") from error
+    if damaged_tables := tables_problem(reader, str(path)):
+        raise UserError(f"{path} is damaged: {damaged_tables}; copy both files again, or {cure}")
     end = int((table["ptr"] + table["size"]).max()) if len(table) else 0
     if reader.num_samples == 0 or len(reader.metadata) < reader.num_samples or end == 0:
         raise UserError(f"{path} holds no complete samples; {cure}")

@@ -67,12 +67,18 @@ def _expanded(path: str) -> list[str]:
 
 
 def read_note(path: str) -> dict[str, Any]:
-    """What data_prep/to_ffcv.py wrote beside a .beton; empty where it did not."""
-    try:
-        note = json.loads(Path(f"{path}.json").read_text())
-    except (OSError, ValueError):
+    """What data_prep/to_ffcv.py wrote beside a .beton; empty where it did not. Raises UserError for a damaged note."""
+    file = Path(f"{path}.json")
+    if not file.exists():
         return {}
-    return note if isinstance(note, dict) else {}
+    try:
+        note = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise UserError(f"{file} cannot be read ({why}): restore it, or remove it to do without") from error
+    if not isinstance(note, dict):
+        raise UserError(f"{file} is not what data_prep/to_ffcv.py writes: restore it, or remove it to do without")
+    return note
 
 
 def check_set(files: Sequence[str], paths: Paths) -> None:

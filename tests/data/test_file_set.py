@@ -137,7 +137,7 @@ def test_a_damaged_image_is_named_with_its_file_and_its_number_there(shards):
 
 def test_a_pattern_is_the_files_that_match_it_by_name(shards):
     folder = shards[0].parent
-    (folder / "train-1-of-3.beton.json").touch()
+    (folder / "train-1-of-3.beton.json").write_text("{}")
     for given in (str(folder / "train-*"), [str(folder / "train-*-of-3.beton")], folder / "*.beton"):
         assert inspect_dataset(given).paths == tuple(map(str, shards))
     assert shard_path("a/train.beton", 3, 12) == "a/train-03-of-12.beton"

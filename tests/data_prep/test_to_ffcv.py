@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ffcv.reader import Reader
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 
 from data_prep import beton_writer, images, sources, to_ffcv
 from data_prep.source import PackedNames
@@ -126,7 +126,7 @@ def test_class_folders(classes: Path, tmp_path: Path) -> None:
     assert note["ignored"] == {"hidden": 1, ".txt": 1} and note["skipped"] == []
     assert note["image_size"] == {"height": [24, 24], "width": [40, 40]}
     assert note["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest() and note["bytes"] == out.stat().st_size
-    assert leftovers(out.parent) == ["out.beton", "out.beton.json", "out.beton.names.gz"]
+    assert leftovers(out.parent) == ["out.beton", "out.beton.crc32", "out.beton.json", "out.beton.names.gz"]
     assert names_of(out) == CLASSES_NAMES
     assert to_ffcv.main(["--verify", str(out)]) == 0
 
@@ -308,7 +308,7 @@ def test_damaged_exif_does_not_cost_the_image() -> None:
         assert images.decode_rgb(data).shape == (24, 40, 3)
 
 
-def test_what_is_not_a_whole_image_is_unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_a_whole_image_is_unreadable() -> None:
     jpeg, png = file_bytes(picture(0), "JPEG"), file_bytes(picture(0))
     floats = file_bytes(Image.new("F", (8, 8), 0.5), "TIFF")
     for data in (b"", b"no image", jpeg[: len(jpeg) // 2], png[: len(png) // 2], png[:30], jpeg[:10], floats):
@@ -316,9 +316,6 @@ def test_what_is_not_a_whole_image_is_unreadable(monkeypatch: pytest.MonkeyPatch
             images.decode_rgb(data)
     with pytest.raises(images.UnreadableImage, match="known format"):
         images.decode_rgb(b"%!PS-Adobe-3.0 EPSF-3.0\n")  # Pillow would hand it to Ghostscript
-    monkeypatch.setattr(PngImagePlugin.Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(images.UnreadableImage, match="too many pixels"):
-        images.decode_rgb(png)
 
 
 @pytest.mark.parametrize(
@@ -473,10 +470,10 @@ def in_worker(monkeypatch: pytest.MonkeyPatch, action: object, *, at: int = 7) -
     decode = beton_writer.decode_rgb
     marked = file_bytes(picture(at))
 
-    def replaced(data: bytes) -> np.ndarray:
+    def replaced(data: bytes, *arguments: object, **options: object) -> np.ndarray:
         if data == marked:
             action()
-        return decode(data)
+        return decode(data, *arguments, **options)
 
     monkeypatch.setattr(beton_writer, "decode_rgb", replaced)
 
@@ -498,10 +495,10 @@ def test_a_killed_worker_ends_the_conversion(
 
 def test_an_error_in_a_worker_is_told(classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
-        raise MemoryError("no memory for that")
+        raise RuntimeError("no such luck")
 
     in_worker(monkeypatch, fail)
-    assert "no memory for that" in refused(classes, tmp_path / "out.beton", "--workers", 2)
+    assert "no such luck" in refused(classes, tmp_path / "out.beton", "--workers", 2)
     assert leftovers(tmp_path) == ["in"]
 
 
