@@ -78,6 +78,9 @@ class RunConfig(Checked):
     deterministic: bool = changeable_on_resume(
         False, "the same bits again on the same GPUs, also after a resume; slower. A CPU always gives them"
     )
+    nonfinite_steps: int = changeable_on_resume(
+        20, "steps in a row with a loss or gradient that is not finite after which the run ends; 0: never", ge=0
+    )
 
 
 class DataConfig(Checked):
@@ -143,6 +146,9 @@ class MonitorConfig(Checked):
     """What is shown, and how often; 0 turns a part off."""
 
     log_steps: Count = changeable_on_resume(50, "steps from one line of scalars to the next")
+    spike_deviations: NotNegative = changeable_on_resume(
+        8.0, "standard deviations of a step's loss above the last 200 from which on a warning tells of it"
+    )
     health_steps: int = changeable_on_resume(1000, "steps from one look at the features to the next", ge=0)
     picture_steps: int = changeable_on_resume(5000, "steps from one picture to the next", ge=0)
     knn_epochs: NotNegative = changeable_on_resume(10.0, "epochs from one kNN accuracy to the next")

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import gc
 import json
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,7 +52,8 @@ from ijepa_ds.method.masks import MaskSampler, ReferenceSampler, default_context
 from ijepa_ds.method.schedules import Hyperparameters
 from ijepa_ds.run.agreement import agree_on_run
 from ijepa_ds.run.folder import RunFolder
-from ijepa_ds.run.losses import LossSum
+from ijepa_ds.run.loss_guard import LossGuard
+from ijepa_ds.run.losses import LossWindow
 from ijepa_ds.run.meter import Meter
 from ijepa_ds.run.monitor import Monitor
 from ijepa_ds.run.observer import Observer
@@ -213,7 +213,8 @@ class Run:
             say=self.monitor.say,
             saved_step=-1 if self.loaded is None else first_step,
         )
-        self.losses, self.votes = LossSum(process), Votes(process)
+        self.losses, self.votes = LossWindow(process), Votes(process)
+        self.guard = LossGuard(config, process, loader, self.folder.path, say=self.monitor.say)
         self._batch: Batch | None = None
         self._outcome: Outcome | None = None
 
@@ -258,7 +259,7 @@ class Run:
         """Log, draw, evaluate and save what is due after ``step`` steps; true where the run must end here."""
         assert self._batch is not None  # a step has micro-batches
         self.meter.step_done()
-        self.losses.add(outcome)
+        self.losses.add(step, outcome)
         self._outcome, last = outcome, step == self.last_step
         if step % self.config.ijepa.monitor.log_steps == 0 or last:
             self._log(step, now, outcome, self._batch)
@@ -294,15 +295,10 @@ class Run:
 
     def _log(self, step: int, now: Hyperparameters, outcome: Outcome, batch: Batch) -> None:
         gc.collect()
-        loss = self.losses.mean()
-        if not math.isfinite(loss):
-            raise UserError(
-                f"no loss since the last log line was finite at step {step}; lower ijepa.optimization.lr_peak, or look "
-                f"for broken images with data_prep/to_ffcv.py --verify; {self.saver.newest()}"
-            )
+        losses = self.losses.read()
         values = {
             "epoch": step / self.loader.steps_per_epoch,
-            "loss": loss,
+            "loss": losses.mean,
             **dataclasses.asdict(now),
             **self.meter.read(),
             "context_tokens": float(batch.context_block.shape[1]),
@@ -310,11 +306,12 @@ class Run:
         }
         if outcome.gradient_norm is not None:
             values["grad_norm"] = float(outcome.gradient_norm)
-        if self.losses.skipped_steps:
-            values["skipped_steps"] = float(self.losses.skipped_steps)
+        if losses.skipped:
+            values["skipped_steps"] = float(losses.skipped)
         if self.process.device.type == "cuda":
             values["memory_gb"] = torch.cuda.max_memory_allocated(self.process.device) / 1e9
         self.monitor.scalars(step, values)
+        self.guard.look(step, losses, values, self.saver, lambda: self.trainable.examine(batch))
 
     def _flops_of(self, batch: Batch) -> float:
         """Operations of one image of a micro-batch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -186,15 +187,26 @@ def test_one_loss_that_is_not_finite_costs_its_step_and_no_more() -> None:
     run = run_training(tiny_config(ijepa__run__name="one_nan"), 1, prepare=make_one_loss_nan)
     assert run.exit_codes == [0] and all(math.isfinite(loss) for loss in run.losses)
     assert run.rows[-1]["skipped_steps"] == 1.0
+    assert re.search(
+        r"warning: not finite: step 3 \(the loss of samples [\d, ]+, on rank 0; nothing moved\)", run.output
+    )
 
 
-def test_losses_that_stay_not_finite_end_the_run_and_are_not_saved() -> None:
-    config = tiny_config(ijepa__run__name="nan", ijepa__checkpoint__steps=1)
+def test_losses_that_stay_not_finite_end_the_run_with_what_is_known_of_them() -> None:
+    config = tiny_config(ijepa__run__name="nan", ijepa__checkpoint__steps=1, ijepa__run__nonfinite_steps=2)
     run = run_training(config, 1, prepare=make_all_losses_nan)
-    assert run.exit_codes == [2] and run.checkpoints == ["step_000000001", "step_000000002"]
+    assert run.exit_codes == [2] and run.checkpoints[-1] == "step_000000003"
     error = the_error(run)
-    assert error.startswith("error: no loss since the last log line was finite at step 3; lower")
-    assert "the checkpoint of step 2 held finite weights when it was written or read" in error
+    assert error.startswith("error: 2 steps in a row were not finite, up to step 4; lower")
+    assert "the checkpoint of step 3 held finite weights when it was written or read" in error
+    known = json.loads((run.folder / "not_finite_step_000000004.json").read_text())
+    assert known["values"]["loss"] == "nan" and len(known["samples_of_last_step"]) == 16
+    (last,) = known["steps"]
+    assert [place["micro_batch"] for place in last["not_finite"]] == [0, 1, 2, 3]
+    assert [i for place in last["not_finite"] for i in place["samples"]] == known["samples_of_last_step"]
+    (examined,) = known["last_micro_batch_by_rank"]
+    assert examined["loss"] == "nan" and examined["gradients"]["context_encoder.blocks.0"] == "nan"
+    assert 0 < examined["weights"]["predictor.predictor_blocks.0"] < 100
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -38,7 +38,6 @@ class Plain(ShardedTrainable):
         groups = [group["params"] for group in adam.param_groups]
         shards = replicated_shards(groups, groups, adam.param_groups, names)
         super().__init__(model, target, shards, adam, process, to_input=to_input)
-        self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def step(self, batches: Iterator[Batch], now: Hyperparameters) -> Outcome:
         """See :class:`~ijepa_ds.engine.trainable.Trainable`."""
@@ -51,7 +50,7 @@ class Plain(ShardedTrainable):
             loss = self.module(images, batch.context_block, batch.target_blocks, targets)
             loss.backward()
             losses.append(loss.detach().float())
-        gradients = {name: parameter.grad for name, parameter in self._trained.items() if parameter.grad is not None}
+        gradients = {name: parameter.grad for name, parameter in self._trained().items() if parameter.grad is not None}
         torch._foreach_div_(list(gradients.values()), float(len(losses)))
         if self.watch_gradients is not None:
             self.watch_gradients(gradients)

@@ -27,7 +27,14 @@ from torch import Tensor, nn
 from ijepa_ds.distributed import Process
 from ijepa_ds.engine.moving_average import Flat, Relay
 from ijepa_ds.engine.shards import MasterShard, Shard, fill
-from ijepa_ds.engine.trainable import Batch, Outcome, ShardedTrainable, of_context_encoder
+from ijepa_ds.engine.trainable import (
+    Batch,
+    Examination,
+    Outcome,
+    ShardedTrainable,
+    norms_by_layer,
+    of_context_encoder,
+)
 from ijepa_ds.engine.zero_internals import gradient_slices, initialize, master_shards, without_timers
 from ijepa_ds.method.blocks import whole_block
 from ijepa_ds.method.encoder import VisionTransformer
@@ -165,6 +172,10 @@ class Stages(ShardedTrainable):
         trained = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
         torch.autograd.grad(losses, trained)
         del held
+
+    def examine(self, batch: Batch) -> Examination:
+        """See :class:`~ijepa_ds.engine.trainable.Trainable`: of its own layers, and of weights alone."""
+        return Examination(None, norms_by_layer(self._trained()), {})
 
     def describe(self) -> str:
         """See :class:`~ijepa_ds.engine.trainable.Trainable`."""

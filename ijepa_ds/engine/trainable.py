@@ -6,7 +6,8 @@ pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -60,6 +61,15 @@ class State:
         return {p.name: list(p.shape) for shard, _ in self.slices["master"] for p in shard.placements}
 
 
+@dataclass(frozen=True)
+class Examination:
+    """What one micro-batch does to the weights as they are. Norms are L2, by layer: ``context_encoder.norm``."""
+
+    loss: float | None  # None where it cannot be computed by one process, as ``gradients`` is then empty
+    weights: dict[str, float]
+    gradients: dict[str, float]
+
+
 class Trainable(Protocol):
     """Context encoder, predictor and target encoder, however they are split over processes.
 
@@ -81,6 +91,9 @@ class Trainable(Protocol):
 
     def publish(self) -> None:
         """Bring the working weights and the target encoder up to a state that was filled."""
+
+    def examine(self, batch: Batch) -> Examination:
+        """What there is to know of a run whose steps are not finite, by a micro-batch of the last one."""
 
     def describe(self) -> str:
         """How it trains, in a few words."""
@@ -146,10 +159,23 @@ class ShardedTrainable:
 
         By ``forward`` and not by a call, at which DeepSpeed's hooks would see a step begin.
         """
+        self._loss_and_gradients(batch)
+
+    def examine(self, batch: Batch) -> Examination:
+        """What a micro-batch does to the weights as they are; nothing moves."""
+        loss, gradients = self._loss_and_gradients(batch)
+        return Examination(float(loss.detach()), norms_by_layer(self._trained()), norms_by_layer(gradients))
+
+    def _loss_and_gradients(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         _, images, targets = next(self.with_targets(iter([batch] * self.batches_at_once)))
         with self.target_encoder.autocast():
             loss = self.module.forward(images, batch.context_block, batch.target_blocks, targets)
-        torch.autograd.grad(loss, [parameter for parameter in self.module.parameters() if parameter.requires_grad])
+        trained = self._trained()
+        return loss, dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters that this process computes with, by name."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad and not p.is_meta}
 
     def state(self) -> State:
         """See :class:`Trainable`."""
@@ -196,3 +222,13 @@ def of_context_encoder(shards: list[MasterShard]) -> list[MasterShard]:
 def count_parameters(module: nn.Module) -> int:
     """All parameters, fixed positions included."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def norms_by_layer(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """L2 norms of the tensors of each layer together: a block, or what else a network's ``network.layer.name`` has."""
+    squares: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        layer = ".".join(parts[: 3 if parts[1].endswith("blocks") else 2])
+        squares[layer] = squares.get(layer, 0.0) + float(tensor.detach().float().norm()) ** 2
+    return {layer: math.sqrt(square) for layer, square in squares.items()}

@@ -1,15 +1,10 @@
-"""Damaged checkpoints, made here in this process: each is refused in a sentence, none is read as something else.
-
-The long form counts: ``pytest -m long -s tests/engine/test_damage.py``
-"""
+"""Damaged checkpoints, made here in this process: each is refused in a sentence, none is read as something else."""
 
 from __future__ import annotations
 
-import collections
 import errno
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,124 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_runs import assert_same_tensors, run_ranks
+from saved_states import ALONE, KINDS, OLD, SHAPES, save_as_two, state_of, taken
 
-from ijepa_ds.distributed import Process
 from ijepa_ds.engine import checkpoint_files, checkpoint_writer, rank_files
-from ijepa_ds.engine.checkpoint import load, load_newest
-from ijepa_ds.engine.checkpoint_files import SavedState, list_checkpoints, open_checkpoint, problem_of, read_weights
-from ijepa_ds.engine.checkpoint_writer import save, write_own
+from ijepa_ds.engine.checkpoint import load_newest
+from ijepa_ds.engine.checkpoint_files import list_checkpoints, open_checkpoint, problem_of, read_weights
+from ijepa_ds.engine.checkpoint_writer import save
 from ijepa_ds.engine.rank_files import Damaged
-from ijepa_ds.engine.shards import Placement, Shard
-from ijepa_ds.engine.snapshot import views
-from ijepa_ds.engine.trainable import State
 from ijepa_ds.errors import UserError
 from ijepa_ds.run.checkpoints_command import main as list_command
-
-OLD = Path(__file__).parents[1] / "golden" / "format_1" / "checkpoints" / "step_000000010"
-ALONE = Process(0, 1, torch.device("cpu"))
-SHAPES = {"context_encoder.a": [7, 5], "context_encoder.b": [11], "predictor.c": [3, 2, 4]}
-KINDS = ("master", "exp_avg", "exp_avg_sq", "target")
-TOTAL = 70  # elements of all parameters
-
-
-def state_of(rank: int = 0, world_size: int = 1, seed: int | None = 0) -> State:
-    """A rank's equal slice of three parameters; without a ``seed`` all zeros, to be filled."""
-    starts = (0, 35, 46)
-    placements = tuple(
-        Placement(name, start, torch.Size(shape)) for (name, shape), start in zip(SHAPES.items(), starts, strict=True)
-    )
-    length = TOTAL // world_size
-    slices = {}
-    for number, kind in enumerate(KINDS):
-        values = torch.zeros(TOTAL)
-        if seed is not None:
-            values = torch.randn(TOTAL, generator=torch.Generator().manual_seed(10 * seed + number))
-        known = placements[:2] if kind == "target" else placements
-        own = values[rank * length : (rank + 1) * length].clone()
-        slices[kind] = [(Shard("group", known, rank * length, length, None), own)]
-    steps = torch.tensor(0.0 if seed is None else 3.0)
-    return State(slices, {"group": [steps]}, True, "zero")
-
-
-def save_as_two(folder: Path, step: int, seed: int = 0) -> Path:
-    """What two ranks would write, without them."""
-    path, records = folder / f"step_{step:09d}", {}
-    path.mkdir(parents=True)
-    for rank in range(2):
-        record = write_own(path, step, views(state_of(rank, 2, seed)), Process(rank, 2, torch.device("cpu")))
-        records[rank_files.rank_file(rank)] = record
-    state = SavedState(format=2, step=step, processes=2, layout="zero", shapes=SHAPES, files=records)
-    (path / "state.json").write_bytes(checkpoint_files.state_json(state))
-    return path
-
-
-def whole(path: Path) -> dict[str, torch.Tensor]:
-    return {f"{kind}/{name}": tensor for kind in KINDS for name, tensor in read_weights(path, kind).items()}
-
-
-def taken(path: Path) -> dict[str, torch.Tensor]:
-    """All that a lone process takes of a checkpoint, with the steps."""
-    state = state_of(seed=None)
-    step = load(path, state, ALONE)
-    values = {kind: slices[0][1] for kind, slices in state.slices.items()}
-    return {**values, "steps": torch.tensor([float(step), float(state.adam_steps["group"][0])])}
-
-
-# ------------------------------------------------------------------------------------------------------- byte by byte
-
-
-def flipped(source: Path, folder: Path, generator: random.Random) -> Path:
-    """A copy in which one bit, or one byte, of one file is another."""
-    shutil.rmtree(folder, ignore_errors=True)
-    path = folder / source.name
-    shutil.copytree(source, path)
-    file = generator.choice(sorted(path.iterdir()))
-    content = bytearray(file.read_bytes())
-    # Half of them in the head, which is small beside the tensors of a true checkpoint.
-    place = generator.randrange(min(len(content), generator.choice((2000, len(content)))))
-    content[place] ^= generator.choice((1 << generator.randrange(8), generator.randrange(1, 256)))
-    file.write_bytes(content)
-    return path
-
-
-def count_flips(source: Path, folder: Path, read: Callable[[Path], dict], number: int) -> collections.Counter:
-    """How ``number`` flips end: refused in a sentence, without effect, silent or with a traceback."""
-    counts, generator, good = collections.Counter(), random.Random(0), read(source)
-    for _ in range(number):
-        path = flipped(source, folder, generator)
-        try:
-            found = read(path)
-        except UserError as error:
-            counts["refused" if "\n" not in str(error) and str(path) in str(error) else "no sentence"] += 1
-            continue
-        except Exception as error:
-            counts[f"traceback: {error!r:.80}"] += 1
-            continue
-        same = found.keys() == good.keys() and all(torch.equal(found[key], good[key]) for key in good)
-        counts["without effect" if same else "silent"] += 1
-    return counts
-
-
-def test_no_flipped_byte_is_silent(tmp_path):
-    source = save_as_two(tmp_path, 8)
-    for read in (taken, whole):
-        counts = count_flips(source, tmp_path / "flipped", read, 100)
-        assert counts == {"refused": 100}, counts  # of format 2 each byte counts
-
-
-def test_no_flipped_byte_of_an_earlier_version_is_silent(tmp_path):
-    counts = count_flips(OLD, tmp_path / "flipped", whole, 30)
-    assert counts["refused"] > 10 and counts.keys() <= {"refused", "without effect"}, counts
-
-
-@pytest.mark.long
-def test_five_hundred_flipped_bytes(tmp_path):
-    source = save_as_two(tmp_path, 8)
-    for name, path, read in (("load", source, taken), ("read_weights", source, whole), ("format 1", OLD, whole)):
-        counts = count_flips(path, tmp_path / "flipped", read, 500)
-        print(f"500 flips, {name}: {dict(counts)}")
-        assert counts.keys() <= ({"refused", "without effect"} if path == OLD else {"refused"}), counts
-
 
 # --------------------------------------------------------------------------------------------------- chosen mistakes
 

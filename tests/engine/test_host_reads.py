@@ -66,11 +66,11 @@ def count_host_reads() -> None:
 
 def count_with_a_planted_read() -> None:
     """The same with one ``.item()`` where the losses are summed."""
-    from ijepa_ds.run.losses import LossSum
+    from ijepa_ds.run.losses import LossWindow
 
     count_host_reads()
-    original = LossSum.add
-    LossSum.add = lambda self, outcome: (original(self, outcome), outcome.losses[0].item())  # type: ignore
+    original = LossWindow.add
+    LossWindow.add = lambda self, step, outcome: (original(self, step, outcome), outcome.losses[0].item())  # type: ignore
 
 
 def id_of_process() -> str:
