@@ -6,7 +6,6 @@ be found here.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from data_prep.sidecar import sidecar_path
 from ijepa_ds.errors import UserError, listing
 from ijepa_ds.files import checksum, read_at
 from ijepa_ds.progress import Progress
+from ijepa_ds.validation import load_json
 
 SHOWN = 50  # bad samples that are listed by number
 SPAN = 256  # samples that a thread takes at a time
@@ -57,8 +57,7 @@ def _sidecar_problems(path: str) -> Iterator[str]:
         print(f"{sidecar} is missing, so the checksum is not compared")
         return
     try:
-        with open(sidecar, encoding="utf-8") as file:
-            expected = json.load(file)
+        expected = load_json(sidecar)
         size, digest = expected["bytes"], expected["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -11,11 +11,11 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ijepa_ds.errors import UserError, some
 from ijepa_ds.files import SHARD_NAME
+from ijepa_ds.validation import load_json
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]  # one file, a pattern with *, or a list of both
 _CONVERT = "python data_prep/to_ffcv.py SOURCE"
@@ -69,7 +69,7 @@ def _expanded(path: str) -> list[str]:
 def read_note(path: str) -> dict[str, Any]:
     """What data_prep/to_ffcv.py wrote beside a .beton; empty where it did not."""
     try:
-        note = json.loads(Path(f"{path}.json").read_text())
+        note = load_json(f"{path}.json")
     except (OSError, ValueError):
         return {}
     return note if isinstance(note, dict) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from ijepa_ds.build import encoder_dimensions
@@ -10,6 +9,7 @@ from ijepa_ds.config import Config
 from ijepa_ds.exchange.read import ForeignEncoder
 from ijepa_ds.exchange.sizes import TensorSizes, name_of
 from ijepa_ds.files import PROJECT
+from ijepa_ds.validation import load_json
 
 _RECIPES = PROJECT / "ds_configs"
 _DEFAULT = {
@@ -41,7 +41,7 @@ def infer_config(encoder: ForeignEncoder, predictor: TensorSizes | None = None) 
     if predictor is not None:
         model |= {"predictor_width": predictor.width, "predictor_depth": predictor.depth}
     for file in sorted(_RECIPES.glob("*.json")):
-        raw = json.loads(file.read_text())
+        raw = load_json(file)
         if "ijepa" not in raw:
             continue  # the schema
         recipe = raw["ijepa"]
