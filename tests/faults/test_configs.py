@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import random
 import signal
 import traceback
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_runs import tiny_config
+from distributed_runs import build_parts, run_ranks, tiny_config, train_steps
 
 from ijepa_ds.build import autocast_dtype, build_sampler, check_batch, check_stages, schedules_of, shapes_of
 from ijepa_ds.config import Config, load_config, parse_config
@@ -238,3 +239,53 @@ def test_two_thousand_mutated_configurations_that_deepspeed_reads_too(row, tmp_p
     mine = row("mutated configurations")
     attack(mine, tmp_path, 2000, read_by_deepspeed)
     mine.hold(2000)
+
+
+def taken_by_the_engine(configs: list[dict[str, Any]]) -> list[str]:
+    """Of each configuration, what came of an engine and one step in a process of its own: DeepSpeed keeps globals."""
+    outcomes = []
+    for raw in configs:
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:
+            with contextlib.suppress(BaseException):
+                os.write(writer, _engine_and_step(raw).encode())
+            os._exit(0)
+        os.close(writer)
+        with open(reader, "rb") as pipe:
+            outcomes.append(pipe.read().decode() or "the process died")
+        os.waitpid(child, 0)
+    return outcomes
+
+
+def _engine_and_step(raw: dict[str, Any]) -> str:
+    try:
+        with time_limit():
+            train_steps(build_parts(raw), range(1))
+        return "survived"
+    except UserError as error:
+        return f"too late: {error}"[:600]  # it could have been said before the model was built
+    except Exception:
+        changes = {key: value for key, value in raw.items() if value != DEEPSPEED.get(key) and key != "ijepa"}
+        return f"{changes}: {traceback.format_exc()[-400:]}"
+
+
+@pytest.mark.long
+def test_what_is_accepted_of_deepspeeds_settings_its_engine_takes(row):
+    mine = row("accepted settings of DeepSpeed in its engine")
+    draw, taken, seen = random.Random(5), list[dict[str, Any]](), set[str]()
+    model = {"width": 16, "depth": 1, "heads": 2, "predictor_width": 16, "predictor_depth": 1}
+    small = tiny_config(train_micro_batch_size_per_gpu=8, **{f"ijepa__model__{key}": n for key, n in model.items()})
+    ours = {key: small[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "ijepa")}
+    while len(taken) < 200:
+        raw = {**changed(DEEPSPEED, draw), **ours}
+        for _ in range(draw.randrange(3)):
+            raw = {**changed({key: raw[key] for key in DEEPSPEED if key in raw}, draw), **ours}
+        with contextlib.suppress(UserError):
+            parse_config(raw)
+            if (text := json.dumps(raw)) not in seen:
+                seen.add(text)
+                taken.append(raw)
+    [outcomes] = run_ranks(taken_by_the_engine, 1, taken)
+    for outcome in outcomes:
+        mine.count("survived" if outcome == "survived" else "traceback", outcome)
+    mine.hold(len(taken))
