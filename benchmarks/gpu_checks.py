@@ -24,7 +24,8 @@ from workload import MadeUpBatch
 from ijepa_ds.build import build_ijepa, build_target, input_of_encoder
 from ijepa_ds.checks.host_reads import HostReads
 from ijepa_ds.config import Config
-from ijepa_ds.engine.checkpoint import load, save
+from ijepa_ds.engine.checkpoint import load
+from ijepa_ds.engine.checkpoint_writer import save
 from ijepa_ds.engine.plain import Plain
 from ijepa_ds.engine.trainable import ShardedTrainable, State
 from ijepa_ds.engine.zero import init_distributed

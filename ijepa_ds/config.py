@@ -178,6 +178,9 @@ class CheckpointConfig(Checked):
     minutes: NotNegative = changeable_on_resume(30.0, "minutes from one checkpoint to the next; 0: by steps alone")
     steps: int = changeable_on_resume(0, "steps from one checkpoint to the next; 0: by minutes alone", ge=0)
     keep: Count = changeable_on_resume(2, "checkpoints that stay, the newest")
+    background: bool = changeable_on_resume(
+        True, "train on while one is written, from a copy in the host's memory; it needs as much of it as one is large"
+    )
     keep_epochs: int = changeable_on_resume(
         0, "also write one every so many epochs, and keep these beside the newest; 0: none", ge=0
     )

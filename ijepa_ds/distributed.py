@@ -74,6 +74,7 @@ class Votes:
 
     def __init__(self, process: Process) -> None:
         self.process = process
+        self.delay = 0 if process.world_size == 1 else 1  # calls between a question and its answer
         self._asked: tuple[np.ndarray, dist.Work | None] | None = None
 
     def ask(self, flags: list[bool]) -> list[bool]:

@@ -6,6 +6,7 @@ The state of a run is the trained weights with their moments, the target encoder
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
@@ -209,6 +210,7 @@ class Run:
             config.ijepa.checkpoint,
             process,
             steps_per_epoch=loader.steps_per_epoch,
+            say=self.monitor.say,
             saved_step=-1 if self.loaded is None else first_step,
         )
         self.losses, self.votes = LossSum(process), Votes(process)
@@ -223,7 +225,10 @@ class Run:
         gc.disable()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, Exception) and self.process.world_size == 1:
+            with contextlib.suppress(UserError):  # what ended the run is what is said
+                self.saver.finish()
         gc.enable()
         gc.unfreeze()
         self.monitor.close()
@@ -259,9 +264,11 @@ class Run:
             self._log(step, now, outcome, self._batch)
         with self.meter.pause():
             self.observer.after_step(step, self._batch, self.trainable.features, last=last)
-            stop, late = self.votes.ask([self.stop.requested is not None, self.saver.due_by_time()])
+            asked = [self.stop.requested is not None, self.saver.due_by_time(), self.saver.busy]
+            stop, late, busy = self.votes.ask(asked)
+            self.saver.hear(busy, delay=self.votes.delay)
             if (stop or late or self.saver.due_by_steps(step)) and not last:
-                self._save(step)
+                self._save(step, wait=stop)
         if stop and not last:
             signal = self.stop.requested or "another rank"
             self.monitor.say(f"stopped by {signal} after step {step}; the same command goes on")
@@ -269,8 +276,9 @@ class Run:
 
     def finish(self, step: int) -> None:
         """The last checkpoint, and the exported target encoder where the run is complete."""
-        if step != self.saver.saved_step:
-            self._save(step)
+        self.saver.finish()
+        if step != self.saver.tried_step:
+            self._save(step, wait=True)
         newest = self.folder.newest_checkpoint() if self.process.is_main else None
         if step >= self.total_steps and newest is not None:
             path = export_timm(newest, self.config, self.folder.export)
@@ -281,8 +289,8 @@ class Run:
                 f"look at it with: tensorboard --logdir {self.folder.path.parent}"
             )
 
-    def _save(self, step: int) -> None:
-        self.monitor.say(self.saver.save(step, self.trainable.state(), self._outcome))
+    def _save(self, step: int, *, wait: bool) -> None:
+        self.saver.save(step, self.trainable.state(), self._outcome, wait=wait)
 
     def _log(self, step: int, now: Hyperparameters, outcome: Outcome, batch: Batch) -> None:
         gc.collect()

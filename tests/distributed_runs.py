@@ -452,7 +452,7 @@ class Parts:
 
     def save(self, folder: Path, step: int, keep: int = 3) -> Path:
         """A checkpoint of the state."""
-        from ijepa_ds.engine.checkpoint import save
+        from ijepa_ds.engine.checkpoint_writer import save
 
         return save(folder, step, self.trainable.state(), self.process, keep=keep)
 

@@ -57,6 +57,7 @@ class Plain(ShardedTrainable):
             self.watch_gradients(gradients)
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
         applied = gate(self.adam, norm)
+        self.wait_for_reader()
         self.adam.step()
         self.average.update(now.momentum, applied)
         return Outcome(torch.stack(losses), applied, norm)

@@ -207,6 +207,7 @@ class Stages(ShardedTrainable):
 
     def _gated_step(self, *arguments: Any, **keywords: Any) -> None:
         """In place of the optimizer's step: a gradient that is not finite on one stage skips it on all."""
+        self.wait_for_reader()
         gradients = gradient_slices(self.engine)
         if gradients is None:  # DeepSpeed looks itself, over all stages
             self._take_step(*arguments, **keywords)

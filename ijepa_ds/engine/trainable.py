@@ -51,6 +51,8 @@ class State:
     adam_steps: dict[str, list[Tensor]]  # group -> its counters: one, or one a parameter
     owned: bool  # false where another process holds the same
     layout: str  # how the processes share it, for those who look at a checkpoint: any layout reads any other
+    # Lets the next update wait, on the device, for an event: what reads the state there is done by then.
+    hold: Callable[[torch.cuda.Event], None] = lambda event: None
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -118,6 +120,7 @@ class ShardedTrainable:
         self.data_rank, self.data_ranks = process.rank, process.world_size
         self.owned = process.is_main or shards[0].process_group is not None
         self.num_parameters = {name: count_parameters(part) for name, part in module.named_children()}
+        self._reader: torch.cuda.Event | None = None  # of the state, see State.hold
         # For checks: called with the whole gradients by name before each step is taken.
         self.watch_gradients: Callable[[dict[str, Tensor]], None] | None = None
 
@@ -158,12 +161,21 @@ class ShardedTrainable:
         adam_steps: dict[str, list[Tensor]] = {}
         for shard, state in adam:
             adam_steps.setdefault(shard.group, []).append(state["step"])
-        return State(slices, adam_steps, self.owned, self.layout)
+        return State(slices, adam_steps, self.owned, self.layout, self._hold)
 
     def publish(self) -> None:
         """See :class:`Trainable`."""
         publish_masters(self.shards)
         self.average.publish()
+
+    def wait_for_reader(self) -> None:
+        """Before anything of the state is written: let the device wait for who still reads it."""
+        if self._reader is not None:
+            self._reader.wait()
+            self._reader = None
+
+    def _hold(self, event: torch.cuda.Event) -> None:
+        self._reader = event
 
     def _adam_state(self, shard: MasterShard) -> dict[str, Tensor]:
         """AdamW's state of a shard: ``step`` (scalar), moments [length]; made before the first step."""

@@ -139,6 +139,7 @@ class Zero(ShardedTrainable):
         """AdamW's step and the average's: whether they were taken, and the gradient's norm."""
         if self.watch_gradients is not None:
             self.watch_gradients(self._gradients())
+        self.wait_for_reader()
         gradients = gradient_slices(self.engine)
         if gradients is None:
             return self._move_weights_as_deepspeed(momentum)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ijepa_ds.build import build_ijepa, build_sampler, build_target, encoder_dimensions
 from ijepa_ds.config import Config, apply_override, load_config, parse_config
-from ijepa_ds.engine.checkpoint import save
 from ijepa_ds.engine.checkpoint_files import list_checkpoints
+from ijepa_ds.engine.checkpoint_writer import save
 from ijepa_ds.engine.plain import Plain
 from ijepa_ds.engine.shards import fill
 from ijepa_ds.engine.trainable import TARGET

@@ -1,50 +1,100 @@
-"""When a run saves, and what it refuses to save."""
+"""When a run saves, and what it says of it."""
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ijepa_ds.config import CheckpointConfig
-from ijepa_ds.distributed import Process, on_any_rank
-from ijepa_ds.engine.checkpoint import save
-from ijepa_ds.engine.rank_files import all_finite
+from ijepa_ds.distributed import Process
+from ijepa_ds.engine.checkpoint_writer import Where, Writing
+from ijepa_ds.engine.snapshot import HostCopies, views
 from ijepa_ds.engine.trainable import Outcome, State
 
 
 class Saver:
-    """Writes a run's checkpoints into ``folder``; ``saved_step`` is the newest one's, -1 before there is one."""
+    """Writes a run's checkpoints into ``folder``, one at a time, while training goes on.
+
+    Every process calls each method at the same step. ``saved_step`` is the newest checkpoint's, -1 before there is one;
+    ``say`` hears when one is complete, and why one is not.
+    """
 
     def __init__(
-        self, folder: Path, settings: CheckpointConfig, process: Process, *, steps_per_epoch: int, saved_step: int = -1
+        self,
+        folder: Path,
+        settings: CheckpointConfig,
+        process: Process,
+        *,
+        steps_per_epoch: int,
+        say: Callable[[str], object],
+        saved_step: int = -1,
     ) -> None:
-        self.folder, self.settings, self.process, self.saved_step = folder, settings, process, saved_step
+        self.settings, self.process, self.saved_step, self.say = settings, process, saved_step, say
+        self.tried_step = saved_step  # the newest that was to be saved
         self.keep_every = settings.keep_epochs * steps_per_epoch
+        self.where = Where(folder, settings.keep, self.keep_every)
+        self._copies = HostCopies()
+        self._writing: Writing | None = None
+        self._began = self._waited = 0.0  # of the one that is written: when, and seconds that training waited for it
+        self._questions = 0  # asked since it was begun, or went on
         self._saved_time = time.monotonic()
+
+    @property
+    def busy(self) -> bool:
+        """Whether this process still writes: a flag to ask all of, for :meth:`hear`."""
+        return self._writing is not None and self._writing.busy
 
     def due_by_time(self) -> bool:
         """Whether a checkpoint is due by this process's clock: others may differ."""
-        return self.settings.minutes > 0 and time.monotonic() - self._saved_time > 60 * self.settings.minutes
+        waited = time.monotonic() - self._saved_time
+        return self.settings.minutes > 0 and waited > 60 * self.settings.minutes and self._writing is None
 
     def due_by_steps(self, step: int) -> bool:
         """Whether a checkpoint is due after ``step`` steps, on all processes alike."""
         return any(every > 0 and step % every == 0 for every in (self.settings.steps, self.keep_every))
 
-    def save(self, step: int, state: State, outcome: Outcome | None) -> str:
-        """Save the state after ``step`` steps, the last of which did ``outcome``; returns what to say of it.
+    def save(self, step: int, state: State, outcome: Outcome | None, *, wait: bool = False) -> None:
+        """Begin to save the state after ``step`` steps, the last of which did ``outcome``, when the one before is done.
 
-        All processes call this together.
+        ``wait``: until it is complete.
+
+        Raises:
+            UserError: some rank cannot write, on every rank.
         """
-        began, lines = time.monotonic(), list[str]()
-        diverged, broken = on_any_rank([not _last_update_was_finite(outcome), not is_finite(state)], self.process)
-        if diverged or broken:
-            what = "its loss or gradient is not finite" if diverged else "its weights or moments are not finite"
-            return f"step {step} is not saved: {what}; what was saved before stays"
-        keep = {"keep": self.settings.keep, "keep_every": self.keep_every}
-        path = save(self.folder, step, state, self.process, **keep, say=lines.append)
-        self.saved_step, self._saved_time = step, time.monotonic()
-        return "\n".join([*lines, f"saved {path} in {time.monotonic() - began:.1f} s"])
+        self.finish()
+        self._began = self._saved_time = time.monotonic()
+        self.tried_step = step
+        background = self.settings.background and not wait
+        copied = self._copies.fit(state) if background else False
+        snapshot = self._copies.take(state, outcome) if copied else views(state, outcome)
+        self._writing = Writing(self.where, step, snapshot, self.process, say=self.say)
+        if background and not copied:  # the others may go on: they wait for this process in the next step
+            self._writing.wait()
+        self._questions, self._waited = 0, time.monotonic() - self._began
+        if not background:
+            self.finish()
+
+    def hear(self, busy: bool, *, delay: int) -> None:
+        """Go on with what no process is busy with. Called once a step.
+
+        ``busy``: whether any process was, when all were asked ``delay`` calls before.
+        """
+        self._questions += 1
+        if self._writing is not None and not busy and self._questions > delay:
+            began = time.monotonic()
+            done = self._writing.advance()
+            self._questions, self._waited = 0, self._waited + time.monotonic() - began
+            if done:
+                self._report(self._writing)
+
+    def finish(self) -> None:
+        """Until what was begun is complete."""
+        if self._writing is not None:
+            began = time.monotonic()
+            self._writing.finish()
+            self._waited += time.monotonic() - began
+            self._report(self._writing)
 
     def newest(self) -> str:
         """What is known of the newest checkpoint, for who has to go back to it."""
@@ -52,18 +102,14 @@ class Saver:
             return "nothing was saved"
         return (
             f"the checkpoint of step {self.saved_step} held finite weights when it was written or read, and python -m "
-            f"ijepa_ds checkpoints {self.folder.parent} --verify reads them all again"
+            f"ijepa_ds checkpoints {self.where.folder.parent} --verify reads them all again"
         )
 
-
-def is_finite(state: State) -> bool:
-    """Whether all that a checkpoint would hold of this process is: else it could not be read again."""
-    return all_finite([values for slices in state.slices.values() for _, values in slices])
-
-
-def _last_update_was_finite(outcome: Outcome | None) -> bool:
-    """Waits for the device."""
-    if outcome is None or not bool(outcome.applied):
-        return True  # nothing moved since the step before
-    norm = outcome.gradient_norm
-    return math.isfinite(outcome.losses[-1]) and (norm is None or 0 <= float(norm) < math.inf)
+    def _report(self, writing: Writing) -> None:
+        self._writing = None
+        if writing.path is None:
+            self.say(f"step {writing.step} is not saved: {writing.refusal}; what was saved before stays")
+            return
+        self.saved_step = writing.step
+        seconds = time.monotonic() - self._began
+        self.say(f"saved {writing.path} in {seconds:.1f} s, for {self._waited:.2f} s of which training waited")

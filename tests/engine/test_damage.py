@@ -19,11 +19,13 @@ import torch
 from distributed_runs import assert_same_tensors, run_ranks
 
 from ijepa_ds.distributed import Process
-from ijepa_ds.engine import checkpoint, checkpoint_files, rank_files
-from ijepa_ds.engine.checkpoint import load, load_newest, save, snapshot, write
+from ijepa_ds.engine import checkpoint_files, checkpoint_writer, rank_files
+from ijepa_ds.engine.checkpoint import load, load_newest
 from ijepa_ds.engine.checkpoint_files import SavedState, list_checkpoints, open_checkpoint, problem_of, read_weights
+from ijepa_ds.engine.checkpoint_writer import save, write_own
 from ijepa_ds.engine.rank_files import Damaged
 from ijepa_ds.engine.shards import Placement, Shard
+from ijepa_ds.engine.snapshot import views
 from ijepa_ds.engine.trainable import State
 from ijepa_ds.errors import UserError
 from ijepa_ds.run.checkpoints_command import main as list_command
@@ -59,8 +61,7 @@ def save_as_two(folder: Path, step: int, seed: int = 0) -> Path:
     path, records = folder / f"step_{step:09d}", {}
     path.mkdir(parents=True)
     for rank in range(2):
-        copied = snapshot(state_of(rank, 2, seed))
-        record = write(copied, path, step, Process(rank, 2, torch.device("cpu")))
+        record = write_own(path, step, views(state_of(rank, 2, seed)), Process(rank, 2, torch.device("cpu")))
         records[rank_files.rank_file(rank)] = record
     state = SavedState(format=2, step=step, processes=2, layout="zero", shapes=SHAPES, files=records)
     (path / "state.json").write_bytes(checkpoint_files.state_json(state))
@@ -207,9 +208,13 @@ def test_a_file_of_another_step_or_rank_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_a_value_that_is_not_finite_is_refused(kind, value, tmp_path):
+def test_a_value_that_is_not_finite_is_refused(kind, value, tmp_path, monkeypatch):
     state = state_of()
     state.slices[kind][0][1][40] = value
+    with pytest.raises(UserError, match="step 8 is not saved: its weights or moments are not finite"):
+        save(tmp_path, 8, state, ALONE, keep=1)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(checkpoint_writer, "_unfit", lambda copied: None)  # as an earlier version, or another program
     path = save(tmp_path, 8, state, ALONE, keep=1)
     with pytest.raises(Damaged, match=f"{kind} context_encoder.b holds NaN or infinity"):
         taken(path)
@@ -379,7 +384,7 @@ def test_room_is_not_made_where_room_is_not_what_lacks(tmp_path, monkeypatch):
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(checkpoint, "write_synced", broken)
+    monkeypatch.setattr(checkpoint_writer, "write_synced", broken)
     with pytest.raises(UserError, match="Input/output error"):
         save(tmp_path, 3, state_of(), ALONE, keep=2)
     assert names(tmp_path) == [1, 2]
