@@ -38,7 +38,7 @@ class _Said(Checked):
 
 
 class _Splits(_Said):
-    splits: list[FileName] = []
+    splits: list[FileName] = Field(default=[])
 
 
 class _File(_Said):

@@ -223,7 +223,9 @@ class ConfigFile(Checked):
     train_micro_batch_size_per_gpu: Batch = changeable_on_resume(..., "images of one forward pass of one process")
     zero_optimization: ZeroOptimization = changeable_on_resume(ZeroOptimization(), "ZeRO's `stage` and its other keys")
     bf16: BFloat16 = fixed(BFloat16(), 'bf16 weights with fp32 masters: {"enabled": true}')
-    torch_autocast: TorchAutocast = fixed(TorchAutocast(), 'fp32 weights under autocast: {"enabled": true, "dtype": "bfloat16"}')
+    torch_autocast: TorchAutocast = fixed(
+        TorchAutocast(), 'fp32 weights under autocast: {"enabled": true, "dtype": "bfloat16"}'
+    )
     data_types: DataTypes = changeable_on_resume(DataTypes(), "of what is summed")
     gradient_clipping: NotNegative | None = fixed(0.0, "largest gradient norm; 0: none, as I-JEPA has it")
     communication_data_type: Literal["fp32", "bf16", "fp16"] | None = changeable_on_resume(
@@ -300,9 +302,7 @@ class Config:
 
 def _fixed_settings(model: type[Checked]) -> list[str]:
     return [
-        name
-        for name, field in model.model_fields.items()
-        if field.json_schema_extra != CHANGEABLE and name != "ijepa"
+        name for name, field in model.model_fields.items() if field.json_schema_extra != CHANGEABLE and name != "ijepa"
     ]
 
 

@@ -26,7 +26,7 @@ def _refused(reason: str) -> AfterValidator:
     return must(lambda value: not value, reason)
 
 
-Elements = Annotated[int, Field(le=_MOST_ELEMENTS), BeforeValidator(_whole)]
+Elements = Annotated[int, Field(ge=1, le=_MOST_ELEMENTS), BeforeValidator(_whole)]
 _Of3 = Annotated[int, Field(ge=0, le=2**63), BeforeValidator(_whole)]  # a size of stage 3
 _OFFLOADED = _refused("is not supported: the target encoder's average lives beside the fp32 weights")
 _ZENFLOW = _refused("is not supported: it takes another optimizer, whose fp32 weights the average does not find")
@@ -41,10 +41,13 @@ class Section(Checked):
 class BFloat16(Section):
     """bf16 weights with fp32 masters."""
 
-    enabled: bool = Field(False, description="bf16 weights that compute, fp32 masters that are trained")
-    immediate_grad_update: bool = Field(False, description="add gradients to the fp32 sums as they come (ZeRO 1)")
+    enabled: bool = Field(default=False, description="bf16 weights that compute, fp32 masters that are trained")
+    immediate_grad_update: bool = Field(
+        default=False, description="add gradients to the fp32 sums as they come (ZeRO 1)"
+    )
     check_grad_overflow: bool = Field(
-        True, description="wait for the device at each step to look at gradients; they are looked at on it anyway"
+        default=True,
+        description="wait for the device at each step to look at gradients; they are looked at on it anyway",
     )
     bf16_master_weights_and_grads: Annotated[
         bool, _refused("would average bf16 masters, in which the target encoder hardly moves; leave it out")
@@ -57,7 +60,7 @@ class BFloat16(Section):
 class TorchAutocast(Section):
     """fp32 weights under torch's autocast, the released code's own numerics."""
 
-    enabled: bool = Field(False, description="compute under autocast")
+    enabled: bool = Field(default=False, description="compute under autocast")
     dtype: Annotated[
         str,
         must(
@@ -65,17 +68,18 @@ class TorchAutocast(Section):
             "needs loss scaling, which the target encoder's average does not follow; use bfloat16",
         ),
         must(lambda name: name in ("bfloat16", "torch.bfloat16"), "must be bfloat16"),
-    ] = Field("bfloat16", description="of the products: bfloat16")
+    ] = Field(default="bfloat16", description="of the products: bfloat16")
     lower_precision_safe_modules: list[
         Literal["torch.nn.Linear", "torch.nn.Conv1d", "torch.nn.Conv2d", "torch.nn.Conv3d"]
-    ] = Field([], description="classes whose gradients travel in bf16")
+    ] = Field(default=[], description="classes whose gradients travel in bf16")
 
 
 class DataTypes(Section):
     """Of what is summed."""
 
     grad_accum_dtype: Literal["fp32", "bf16"] | None = Field(
-        None, description="of the sums of micro-batches' gradients: fp32 or bf16; fp32 with bf16 weights, if not said"
+        default=None,
+        description="of the sums of micro-batches' gradients: fp32 or bf16; fp32 with bf16 weights, if not said",
     )
 
 
@@ -94,22 +98,26 @@ class ZeroOptimization(Section):
         description="what is sharded: 1 the optimizer's state, 2 gradients too",
         json_schema_extra={"enum": [0, 1, 2]},
     )
-    overlap_comm: bool | None = Field(None, description="sum gradients between processes while backward goes on")
-    reduce_bucket_size: Annotated[Elements, Field(ge=1)] = Field(
-        50_000_000, description="gradients that travel at once, in elements"
+    overlap_comm: bool | None = Field(
+        default=None, description="sum gradients between processes while backward goes on"
     )
-    allgather_bucket_size: Annotated[Elements, Field(ge=1)] = Field(
-        500_000_000, description="weights that travel at once, in elements"
+    reduce_bucket_size: Elements = Field(default=50_000_000, description="gradients that travel at once, in elements")
+    allgather_bucket_size: Elements = Field(default=500_000_000, description="weights that travel at once, in elements")
+    contiguous_gradients: bool = Field(default=True, description="copy gradients into one buffer as they come")
+    reduce_scatter: bool = Field(default=True, description="reduce each gradient to its owner alone, not to all")
+    use_multi_rank_bucket_allreduce: bool = Field(
+        default=True, description="buckets that hold several owners' gradients"
     )
-    contiguous_gradients: bool = Field(True, description="copy gradients into one buffer as they come")
-    reduce_scatter: bool = Field(True, description="reduce each gradient to its owner alone, not to all")
-    use_multi_rank_bucket_allreduce: bool = Field(True, description="buckets that hold several owners' gradients")
-    allgather_partitions: bool = Field(True, description="collect weights in one operation, not by broadcasts")
-    compute_grad_norm: bool = Field(True, description="wait for the device at each step to know the norm (stages 1, 2)")
-    load_from_fp32_weights: bool = Field(True, description="of DeepSpeed's checkpoints, which are not used here")
-    elastic_checkpoint: bool = Field(False, description="likewise")
-    ignore_unused_parameters: bool = Field(True, description="accept parameters that get no gradient")
-    parameter_alignment: bool = Field(True, description="begin each weight where products are fast")
+    allgather_partitions: bool = Field(default=True, description="collect weights in one operation, not by broadcasts")
+    compute_grad_norm: bool = Field(
+        default=True, description="wait for the device at each step to know the norm (stages 1, 2)"
+    )
+    load_from_fp32_weights: bool = Field(
+        default=True, description="of DeepSpeed's checkpoints, which are not used here"
+    )
+    elastic_checkpoint: bool = Field(default=False, description="likewise")
+    ignore_unused_parameters: bool = Field(default=True, description="accept parameters that get no gradient")
+    parameter_alignment: bool = Field(default=True, description="begin each weight where products are fast")
 
     round_robin_gradients: Annotated[Any, _refused("breaks reading the fp32 weights; leave it out")] = None
     legacy_stage1: Annotated[Any, _refused("is no longer in DeepSpeed; leave it out")] = None
@@ -144,43 +152,37 @@ class ZeroOptimization(Section):
 class CommsLogger(Section):
     """What is said of communication, which then waits for the device."""
 
-    enabled: bool = Field(False, description="note each operation's size and time")
-    prof_all: bool = Field(True, description="all operations")
-    prof_ops: list[str] = Field([], description="or those of these names")
-    verbose: bool = Field(False, description="print each at once")
-    debug: bool = Field(False, description="with the function that called it")
+    enabled: bool = Field(default=False, description="note each operation's size and time")
+    prof_all: bool = Field(default=True, description="all operations")
+    prof_ops: list[str] = Field(default=[], description="or those of these names")
+    verbose: bool = Field(default=False, description="print each at once")
+    debug: bool = Field(default=False, description="with the function that called it")
 
 
 class FlopsProfiler(Section):
     """DeepSpeed's count of a step's arithmetic; `tflops` in the log needs none of it."""
 
-    enabled: bool = Field(False, description="profile one step")
-    recompute_fwd_factor: float = Field(0.0, ge=0, le=10, description="of the forward pass that is computed again")
-    profile_step: Count = Field(1, description="which step")
-    module_depth: int = Field(-1, ge=-1, le=1000, description="levels of modules that are shown; -1: all")
-    top_modules: Annotated[Count, Field(le=10**6)] = Field(1, description="modules that are shown of each level")
-    detailed: bool = Field(True, description="print every module")
-    output_file: str | None = Field(None, description="where to; null: to the console")
+    enabled: bool = Field(default=False, description="profile one step")
+    recompute_fwd_factor: float = Field(
+        default=0.0, ge=0, le=10, description="of the forward pass that is computed again"
+    )
+    profile_step: Count = Field(default=1, description="which step")
+    module_depth: int = Field(default=-1, ge=-1, le=1000, description="levels of modules that are shown; -1: all")
+    top_modules: Annotated[Count, Field(le=10**6)] = Field(
+        default=1, description="modules that are shown of each level"
+    )
+    detailed: bool = Field(default=True, description="print every module")
+    output_file: str | None = Field(default=None, description="where to; null: to the console")
 
 
 class ThroughputTimer(Section):
     """DeepSpeed's own rate, which waits for the device; the log has one that does not."""
 
-    enabled: bool = Field(False, description="print samples per second")
-    synchronized: bool = Field(True, description="wait for the device before each reading")
+    enabled: bool = Field(default=False, description="print samples per second")
+    synchronized: bool = Field(default=True, description="wait for the device before each reading")
 
 
 class Timers(Section):
     """DeepSpeed's timers."""
 
-    throughput: ThroughputTimer = Field(ThroughputTimer(), description="its rate: `enabled`, `synchronized`")
-
-
-SECTIONS: dict[str, type[Section]] = {
-    "zero_optimization": ZeroOptimization,
-    "bf16": BFloat16,
-    "torch_autocast": TorchAutocast,
-    "data_types": DataTypes,
-    "comms_logger": CommsLogger,
-    "flops_profiler": FlopsProfiler,
-}
+    throughput: ThroughputTimer = Field(default=ThroughputTimer(), description="its rate: `enabled`, `synchronized`")

@@ -180,7 +180,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(changes, line):
 def test_an_unknown_key_that_is_near_to_none_is_refused_with_all_names():
     assert (
         problem(ijepa__checkpoint={"xyzzy": 1})
-        == "ijepa.checkpoint.xyzzy is not a setting; valid: keep, keep_epochs, minutes, steps"
+        == "ijepa.checkpoint.xyzzy is not a setting; valid: background, keep, keep_epochs, minutes, steps"
     )
 
 

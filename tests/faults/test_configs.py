@@ -59,7 +59,7 @@ DEEPSPEED = {
     "timers": {"throughput": {"enabled": False, "synchronized": True}},
     "log_level": "warning",
 }
-TEXTS = ["", "/", "..", "a/b", "\0", "\ud800", "x" * 300, "auto", "true", "4096", "NaN", "bf16", "float16", "-1", "%s{}"]
+TEXTS = ["", "/", "..", "a/b", "\0", "\ud800", "x" * 300, "auto", "true", "4096", "NaN", "bf16", "-1", "%s{}"]
 NUMBERS = [0, -1, 1, 2, 3, 7, 4096, 2**31, 2**63, 10**30, 10**399, 0.5, -0.1, 1e-300, 1e-9, 1e300, 5e8, 1.5]
 OTHERS = [None, True, False, [], {}, [4096], [0.1, 0.2], [1, 0], [[1]], {"enabled": True}, {"a": 1}, ["a", "a"], [None]]
 
@@ -87,7 +87,7 @@ def near(value: Any, draw: random.Random) -> Any:
         return [near(inner, draw) for inner in value]
     if isinstance(value, dict):
         return {key: inner for key, inner in value.items() if draw.random() < 0.5}
-    return draw.choice([None, "fp32", "bf16", "fp16", "sum", "error", "reference", "multiblock", "tiny", "vit_tiny_r", 3])
+    return draw.choice([None, "fp32", "bf16", "fp16", "sum", "error", "reference", "multiblock", "tiny", 3])
 
 
 def changed(config: dict[str, Any], draw: random.Random) -> dict[str, Any]:
