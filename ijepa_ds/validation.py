@@ -103,6 +103,7 @@ def load_json(
     *,
     most_bytes: int = MOST_BYTES,
     shorten: Callable[[dict[str, Any]], object] | None = None,
+    nan: bool = False,
 ) -> Any:
     """What a file of JSON says, as :func:`parse_json` reads it.
 
@@ -110,7 +111,7 @@ def load_json(
         OSError: it is missing, a folder, or cannot be opened.
         NotJSON: it is no JSON, or larger than ``most_bytes``.
     """
-    return parse_json(read_bytes(path, most_bytes), shorten=shorten)
+    return parse_json(read_bytes(path, most_bytes), shorten=shorten, nan=nan)
 
 
 def read_bytes(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> bytes:
@@ -125,13 +126,16 @@ def read_bytes(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> bytes:
     return data
 
 
-def parse_json(text: str | bytes, *, shorten: Callable[[dict[str, Any]], object] | None = None) -> Any:
+def parse_json(
+    text: str | bytes, *, shorten: Callable[[dict[str, Any]], object] | None = None, nan: bool = False
+) -> Any:
     """What a JSON text says. NaN, infinity and a key that stands twice in an object are refused, unlike by ``json``.
 
     Args:
         text: bytes are UTF-8.
         shorten: is called with each object, the innermost first; what it returns stands in the object's place, so that
             a long text never has to be in memory as a whole. Its exceptions pass.
+        nan: take NaN and infinity, as ``json`` writes them.
 
     Raises:
         NotJSON: it is none; :class:`Unwieldy`, a kind of it, where it is not taken for another reason.
@@ -146,7 +150,11 @@ def parse_json(text: str | bytes, *, shorten: Callable[[dict[str, Any]], object]
     try:
         if isinstance(text, bytes):
             text = text.decode()
-        parsers: dict[str, Any] = {"parse_int": _whole, "parse_float": _finite, "parse_constant": _refuse}
+        parsers: dict[str, Any] = {
+            "parse_int": _whole,
+            "parse_float": _finite,
+            "parse_constant": float if nan else _refuse,
+        }
         value = json.loads(text, object_pairs_hook=members, **parsers)
     except UnicodeDecodeError as error:
         raise NotJSON(f"byte {error.start} is not UTF-8") from None
