@@ -32,7 +32,7 @@ class MetricsFile:
     def __init__(self, path: Path, *, last_step: int) -> None:
         self.path = path
         self._record: dict[str, float | int | None] = {}
-        kept = _lines_up_to(path, last_step) if path.exists() else []
+        kept = _lines_up_to(path, last_step) if path.is_file() else []
         with replacing(path) as temporary:
             temporary.write_bytes(b"".join(kept))
         self._offset = self._end = sum(map(len, kept))  # of the last line; past it
