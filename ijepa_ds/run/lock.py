@@ -69,7 +69,7 @@ def hold(folder: Path) -> None:
 
 
 def release(folder: Path) -> None:
-    """Give a lock back that this process holds, and remove its file: of a folder in which nothing was begun."""
+    """Give a lock back that this process holds, if it does, and remove its file."""
     path = (folder / LOCK).absolute()
     if (descriptor := _held.pop((os.getpid(), path), None)) is not None:
         with contextlib.suppress(OSError):

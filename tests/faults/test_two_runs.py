@@ -28,6 +28,7 @@ from distributed_runs import (
 
 from ijepa_ds.run.lock import LOCK
 
+ROUNDS = 12  # of the long form
 PATIENCE = 300  # seconds for a start, or an end: a slow machine must not meet it
 
 
@@ -131,7 +132,7 @@ def test_a_second_run_is_refused_and_the_next_starts_at_once_after_kill_9(row):
 @pytest.mark.long
 def test_many_runs_in_one_folder(row):
     mine, config, draw = row("two runs in one folder"), endless("crowd"), random.Random(1)
-    for _ in range(20):
+    for _ in range(ROUNDS):
         before = max(steps_of(config), default=0)
         together = [Run(config, draw.choice([1, 2])) for _ in range(draw.choice([2, 3]))]  # at the same moment
         owner = owner_of(together)
@@ -146,7 +147,7 @@ def test_many_runs_in_one_folder(row):
         mine.count("survived")
         steps = steps_of(config)
         assert steps == list(range(1, len(steps) + 1))
-    assert mine.counts["survived"] == 20
+    assert mine.counts["survived"] == ROUNDS
     mine.hold(mine.tried)
 
 
