@@ -19,10 +19,11 @@ usage: ./run.sh COMMAND [OPTIONS]
   convert      turn a folder of images into FFCV files:  ./run.sh convert --help
   pretrain     train on every GPU of this machine, or on the CPU:  ./run.sh pretrain --config ds_configs/FILE.json
   evaluate     measure what a pretrained encoder has learnt:  ./run.sh evaluate --help
-  tensorboard  show the curves of a folder of runs (default: runs)
+  tensorboard  show the curves of a folder of runs (default: runs), to this machine alone
 
   PYTHON=/path/to/python              the Python (3.10 to 3.13) to build .venv with
   DEEPSPEED_ARGS="--num_gpus 2"       options for the deepspeed launcher of `pretrain`
+  TENSORBOARD_HOST=0.0.0.0            the address that `tensorboard` listens on, if others may see it (default: 127.0.0.1)
 HELP
 }
 
@@ -249,7 +250,8 @@ main() {
             run_group deepspeed "${launcher_args[@]}" "$root/run.py" "$@"
             ;;
         evaluate) exec "$python" -m ijepa_ds evaluate "$@" ;;
-        tensorboard) exec tensorboard --logdir "${1:-runs}" "${@:2}" ;;
+        # It asks nobody for a password.
+        tensorboard) exec tensorboard --host "${TENSORBOARD_HOST:-127.0.0.1}" --logdir "${1:-runs}" "${@:2}" ;;
     esac
 }
 

@@ -67,7 +67,7 @@ def measured(model: str, ranks: int, stages: int) -> dict[str, Any]:
         free.close()
         arguments = (model, ranks, stages, port, folder)
         torch.multiprocessing.start_processes(one_rank, arguments, nprocs=ranks, start_method="fork")
-        told = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks)]
+        told = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     kept, state = [one[0] for one in told], [one[1] for one in told]
     return {
         "processes": ranks,

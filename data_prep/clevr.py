@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections import Counter
 
@@ -12,6 +11,9 @@ import numpy as np
 from data_prep.folders import entries_of
 from data_prep.source import PackedNames, Source, why_ignored
 from ijepa_ds.errors import UserError
+from ijepa_ds.validation import load_json
+
+MOST_BYTES = 4_000_000_000  # of a file of scenes: that of CLEVR's train split has hundreds of megabytes
 
 
 def clevr_splits(path: str) -> list[str]:
@@ -62,8 +64,7 @@ def read_scenes(path: str) -> list[tuple[str, list[float]]]:
         return node
 
     try:
-        with open(path, encoding="utf-8") as file:
-            scenes = sorted(json.load(file, object_hook=thin)["scenes"])
+        scenes = sorted(load_json(path, most_bytes=MOST_BYTES, shorten=thin)["scenes"])
         for name, depths in scenes:
             if not depths:
                 raise ValueError(f"the scene of {name} has no objects")

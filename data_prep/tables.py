@@ -9,20 +9,53 @@ other.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.source import PackedNames, Source
 from ijepa_ds.errors import UserError, some
+from ijepa_ds.validation import Checked, check, is_path, must, parse_json, read_json
 
 PARQUET, ARROW = ".parquet", ".arrow"
 LABELS = ("label", "labels")  # columns that are labels also where no metadata says so
 LONGEST_FIELD = 16  # bytes that FFCV keeps of a field's name
+Saved = TypeVar("Saved", bound=BaseModel)
+FileName = Annotated[
+    str, must(lambda name: is_path(name) and Path(name).name == name and name != "..", "must be a plain file name")
+]  # nothing outside of the folder is read
+
+
+class _Said(Checked):
+    """What `datasets` wrote, as far as it matters here."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class _Splits(_Said):
+    splits: list[FileName] = Field(default=[])
+
+
+class _File(_Said):
+    filename: FileName
+
+
+class _State(_Said):
+    files: list[_File] = Field(default=[], alias="_data_files")
+    indices: list[Any] | None = Field(default=None, alias="_indices_data_files")
+
+
+class _Info(_Said):
+    features: dict[str, Any]
+
+
+class _Schema(_Said):
+    info: _Info
 
 
 def pyarrow(module: str = "pyarrow") -> Any:
@@ -165,10 +198,18 @@ def _list_rows(
 def _features(schema: Any) -> dict[str, Any]:
     """What `datasets` wrote of the columns: {"label": {"_type": "ClassLabel", "names": [...]}, ...}."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
+        said, _ = check(_Schema, parse_json((schema.metadata or {})[b"huggingface"]))
+    except (KeyError, ValueError):
         return {}
-    return {name: value for name, value in features.items() if isinstance(value, dict)}
+    if said is None:
+        return {}
+    return {name: value for name, value in said.info.features.items() if isinstance(value, dict) and _has_names(value)}
+
+
+def _has_names(feature: dict[str, Any]) -> bool:
+    """Whether the names of a feature's classes, if it has any, are names."""
+    names = feature.get("names") or []
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def _image_column(schema: Any, features: dict[str, Any], path: str) -> str:
@@ -227,23 +268,19 @@ def saved_files(folder: str) -> list[str] | None:
         UserError: the folder holds several splits, or rows that were selected and not written out.
     """
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-        splits = _json(folder, "dataset_dict.json").get("splits", [])
+        splits = _read(_Splits, folder, "dataset_dict.json").splits
         raise UserError(
             f"{folder} holds the splits {some(splits)} of a data set: give one of them as SOURCE, such as "
-            f"{os.path.join(folder, *map(str, splits[:1]))}"
+            f"{os.path.join(folder, *splits[:1])}"
         )
     if not os.path.isfile(os.path.join(folder, "state.json")):
         return None
-    state = _json(folder, "state.json")
-    if state.get("_indices_data_files"):
+    state = _read(_State, folder, "state.json")
+    if state.indices:
         raise UserError(f"{folder} was saved with a selection of rows: save it anew after flatten_indices()")
-    return [os.path.join(folder, file["filename"]) for file in state.get("_data_files", [])]
+    return [os.path.join(folder, file.filename) for file in state.files]
 
 
-def _json(folder: str, name: str) -> dict[str, Any]:
-    try:
-        with open(os.path.join(folder, name), encoding="utf-8") as file:
-            content = json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{os.path.join(folder, name)} cannot be read ({error}): get the data set again") from error
-    return content if isinstance(content, dict) else {}
+def _read(model: type[Saved], folder: str, name: str) -> Saved:
+    complaint = "is not what `datasets` writes; get the data set again"
+    return read_json(model, Path(folder, name), complaint, "get the data set again")

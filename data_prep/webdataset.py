@@ -7,7 +7,6 @@ or "cls". Where no sample has either, and each tar holds the images of one class
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 from collections import Counter
@@ -19,6 +18,7 @@ import numpy as np
 from data_prep.source import PackedNames, Source, why_ignored
 from data_prep.tars import Place, TarSource, opened_tar, places_of
 from ijepa_ds.errors import UserError
+from ijepa_ds.validation import parse_json
 
 LABEL_SUFFIXES = (".cls", ".json")
 LABEL_KEYS = ("label", "cls")  # of a .json
@@ -118,7 +118,7 @@ def _label(path: str, member: tarfile.TarInfo) -> int | None:
         file.seek(member.offset_data)
         data = file.read(member.size)
     try:
-        content = json.loads(data)
+        content = parse_json(data)
     except ValueError as error:
         raise UserError(
             f"{member.name} in {path} is no number and no JSON ({error}): mend it, or give --no-labels"

@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
+from ijepa_ds.deepspeed_settings import (
+    BFloat16,
+    CommsLogger,
+    DataTypes,
+    FlopsProfiler,
+    Timers,
+    TorchAutocast,
+    ZeroOptimization,
+)
 from ijepa_ds.errors import UserError, listing
 from ijepa_ds.validation import (
     Bounds,
@@ -23,12 +31,18 @@ from ijepa_ds.validation import (
     Count,
     Files,
     ImageSize,
+    NotJSON,
     Pair,
     Triple,
+    Unwieldy,
     check,
+    check_levels,
+    is_path,
     json_kind,
+    load_json,
     must,
-    section_of,
+    parse_json,
+    reason,
 )
 
 _OURS_INSTEAD = {
@@ -57,20 +71,28 @@ def changeable_on_resume(default: Any, description: str, **bounds: Any) -> Any:
 
 
 FolderName = Annotated[
-    str, must(lambda name: name not in ("", "..") and Path(name).name == name, "must be a plain folder name")
+    str,
+    must(
+        lambda name: name not in ("", "..") and is_path(name) and Path(name).name == name, "must be a plain folder name"
+    ),
 ]
+Batch = Annotated[int, Field(ge=1, le=10**9)]
+Few = Annotated[int, Field(ge=1, le=1024)]
 Share = Annotated[float, Field(ge=1e-3, le=1)]
 Unit = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
+Below1 = Annotated[float, Field(ge=0, le=1 - 1e-9)]
 Ratio = Annotated[float, Field(ge=0.05, le=20)]
-Width = Annotated[int, Field(ge=4, multiple_of=4)]  # 2-D sine-cosine positions need four parts
+Width = Annotated[int, Field(ge=4, le=2**16, multiple_of=4)]  # 2-D sine-cosine positions need four parts
 
 
 class RunConfig(Checked):
     """Which run this is."""
 
     name: FolderName = fixed(..., "its folder below `folder`")
-    folder: str = changeable_on_resume("runs", "where the folders of runs are")
+    folder: Annotated[str, must(is_path, "cannot be the name of a folder")] = changeable_on_resume(
+        "runs", "where the folders of runs are"
+    )
     seed: int = fixed(0, "of order, crops, masks and initial weights", ge=0, le=2**63 - 1)
     stop_after_steps: Count | None = changeable_on_resume(
         None, "end after so many, with a checkpoint; the schedules keep their length"
@@ -94,7 +116,7 @@ class DataConfig(Checked):
     crop_ratio: Bounds[Annotated[float, Field(ge=0.1, le=10)]] = fixed((0.75, 4 / 3), "of a crop, width over height")
     mean: Triple[Unit] = fixed((0.485, 0.456, 0.406), "subtracted from red, green, blue; share of a pixel's range")
     std: Triple[Share] = fixed((0.229, 0.224, 0.225), "divides what is left; share of a pixel's range")
-    workers: Count = changeable_on_resume(8, "decoding threads of each process")
+    workers: Few = changeable_on_resume(8, "decoding threads of each process")
 
 
 class ModelConfig(Checked):
@@ -103,12 +125,12 @@ class ModelConfig(Checked):
     patch_size: int = fixed(..., "side of a patch in pixels", ge=1, le=256)
     encoder: str = fixed("huge", "tiny, small, base, large, huge, giant or any plain ViT of timm")
     width: Width | None = fixed(None, "of its tokens, instead of the named encoder's")
-    depth: Count | None = fixed(None, "number of blocks, instead of the named encoder's")
-    heads: Count | None = fixed(None, "attention heads, instead of the named encoder's")
-    mlp_ratio: float | None = fixed(None, "hidden width of the MLPs over `width`, likewise", ge=0.1)
+    depth: Few | None = fixed(None, "number of blocks, instead of the named encoder's")
+    heads: Few | None = fixed(None, "attention heads, instead of the named encoder's")
+    mlp_ratio: float | None = fixed(None, "hidden width of the MLPs over `width`, likewise", ge=0.1, le=64)
     predictor_width: Width = fixed(384, "of the predictor's tokens")
-    predictor_depth: Count = fixed(12, "number of blocks")
-    predictor_heads: Count | None = fixed(None, "attention heads; null: as many as the encoder has")
+    predictor_depth: Few = fixed(12, "number of blocks")
+    predictor_heads: Few | None = fixed(None, "attention heads; null: as many as the encoder has")
     activation_checkpointing: bool = changeable_on_resume(
         False, "keep the activations of one block alone: less memory, about a third more arithmetic"
     )
@@ -138,7 +160,7 @@ class OptimizationConfig(Checked):
     lr_final: NotNegative = fixed(1e-6, "learning rate at the schedule's end")
     weight_decay: Pair[NotNegative] = fixed((0.04, 0.4), "of weights, not of biases and norms; first and last")
     momentum: Pair[Unit] = fixed((0.996, 1.0), "of the target encoder's average, first and last")
-    betas: Pair[Unit] = fixed((0.9, 0.999), "of AdamW")
+    betas: Pair[Below1] = fixed((0.9, 0.999), "of AdamW")
     eps: NotNegative = fixed(1e-8, "of AdamW")
 
 
@@ -195,62 +217,47 @@ class IJEPAConfig(Checked):
     )
 
 
-_OFFLOADED = must(lambda v: not v, "is not supported: the target encoder's average lives beside the fp32 weights")
-
-
-class ZeroOptimization(Checked):
-    """DeepSpeed's ZeRO. Its other keys are handed on as they are."""
-
-    model_config = ConfigDict(extra="allow")
-
-    stage: Annotated[
-        Any,
-        must(
-            lambda stage: stage in (0, 1, 2),
-            "cannot be used: stage 3 would shard the weights that the target encoder's average is taken from; set 2, "
-            "which holds even ViT-g on one 80 GB GPU",
-        ),
-    ] = Field(
-        default=0,
-        description="what is sharded: 1 the optimizer's state, 2 gradients too",
-        json_schema_extra={"enum": [0, 1, 2]},
-    )
-    round_robin_gradients: Annotated[
-        Any, must(lambda value: not value, "breaks reading the fp32 weights; leave it out")
-    ] = None
-    offload_optimizer: Annotated[Any, _OFFLOADED] = None
-    offload_param: Annotated[Any, _OFFLOADED] = None
-    cpu_offload: Annotated[Any, _OFFLOADED] = None
-
-
 class ConfigFile(Checked):
-    """DeepSpeed's keys that make sense here, and "ijepa". DeepSpeed ignores any other silently; here it is refused."""
+    """DeepSpeed's keys that make sense here, and "ijepa". DeepSpeed ignores any other silently; here it is refused.
+
+    null is as if a key were left out.
+    """
 
     unknown: ClassVar[str] = "is not a key of DeepSpeed that this project uses"
 
-    train_batch_size: Count = fixed(..., "images of one optimizer step, over all processes")
-    train_micro_batch_size_per_gpu: Count = changeable_on_resume(..., "images of one forward pass of one process")
-    zero_optimization: ZeroOptimization = changeable_on_resume(
-        ZeroOptimization(), "ZeRO's `stage` (0, 1, 2) and its other keys"
+    train_batch_size: Batch = fixed(..., "images of one optimizer step, over all processes")
+    train_micro_batch_size_per_gpu: Batch = changeable_on_resume(..., "images of one forward pass of one process")
+    zero_optimization: ZeroOptimization = changeable_on_resume(ZeroOptimization(), "ZeRO's `stage` and its other keys")
+    bf16: BFloat16 = fixed(BFloat16(), 'bf16 weights with fp32 masters: {"enabled": true}')
+    torch_autocast: TorchAutocast = fixed(
+        TorchAutocast(), 'fp32 weights under autocast: {"enabled": true, "dtype": "bfloat16"}'
     )
-    bf16: dict[str, Any] = fixed({}, 'bf16 weights with fp32 masters: {"enabled": true}')
-    torch_autocast: dict[str, Any] = fixed({}, 'fp32 weights under autocast: {"enabled": true, "dtype": "bfloat16"}')
-    data_types: dict[str, Any] = changeable_on_resume({}, "grad_accum_dtype: fp32 with bf16 weights where not said")
-    gradient_clipping: Any = fixed(0.0, "largest gradient norm; 0: none, as I-JEPA has it")
-    communication_data_type: Any = changeable_on_resume(None, "of gradients between processes")
-    prescale_gradients: Any = changeable_on_resume(None, "divide gradients before they are summed")
-    gradient_predivide_factor: Any = changeable_on_resume(None, "by what prescale_gradients divides")
-    gradient_allreduce_op: Any = changeable_on_resume(None, "how gradients of processes are joined")
-    steps_per_print: Any = changeable_on_resume(10**9, "from one line of DeepSpeed's own to the next")
-    wall_clock_breakdown: Any = changeable_on_resume(None, "print the time of forward, backward and step")
-    memory_breakdown: Any = changeable_on_resume(None, "print the memory in use")
-    dump_state: Any = changeable_on_resume(None, "print the engine's state")
-    disable_python_gc: Any = changeable_on_resume(None, "collect no garbage while training")
-    comms_logger: Any = changeable_on_resume(None, "log communication")
-    flops_profiler: Any = changeable_on_resume(None, "profile a step's arithmetic")
-    timers: Any = changeable_on_resume(None, "DeepSpeed's timers")
-    log_level: Any = changeable_on_resume(None, "of DeepSpeed's messages")
-    zero_allow_untested_optimizer: Any = changeable_on_resume(True, "always true: the optimizer is torch's AdamW")
+    data_types: DataTypes = changeable_on_resume(DataTypes(), "of what is summed")
+    gradient_clipping: NotNegative | None = fixed(0.0, "largest gradient norm; 0: none, as I-JEPA has it")
+    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = changeable_on_resume(
+        None, "of gradients between processes; null: that of the sums"
+    )
+    prescale_gradients: bool | None = changeable_on_resume(None, "divide gradients before they are summed")
+    gradient_predivide_factor: Annotated[float, Field(ge=1e-6, le=1e6)] | None = changeable_on_resume(
+        None, "by what prescale_gradients divides"
+    )
+    gradient_allreduce_op: Literal["mean", "sum"] | None = changeable_on_resume(
+        None, "how gradients of processes are joined"
+    )
+    steps_per_print: Count | None = changeable_on_resume(10**9, "from one line of DeepSpeed's own to the next")
+    wall_clock_breakdown: bool | None = changeable_on_resume(None, "print the time of forward, backward and step")
+    memory_breakdown: bool | None = changeable_on_resume(None, "print the memory in use")
+    dump_state: bool | None = changeable_on_resume(None, "print the engine's state")
+    disable_python_gc: bool | None = changeable_on_resume(None, "collect no garbage while training")
+    comms_logger: CommsLogger | None = changeable_on_resume(None, "log communication")
+    flops_profiler: FlopsProfiler | None = changeable_on_resume(None, "profile a step's arithmetic")
+    timers: Timers | None = changeable_on_resume(None, "DeepSpeed's timers: `throughput`")
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = changeable_on_resume(
+        None, "of DeepSpeed's messages"
+    )
+    zero_allow_untested_optimizer: bool | None = changeable_on_resume(
+        True, "always true: the optimizer is torch's AdamW"
+    )
     ijepa: IJEPAConfig
 
 
@@ -301,21 +308,21 @@ class Config:
 
 def _fixed_settings(model: type[Checked]) -> list[str]:
     return [
-        name
-        for name, field in model.model_fields.items()
-        if field.json_schema_extra != CHANGEABLE and section_of(field.annotation) is None
+        name for name, field in model.model_fields.items() if field.json_schema_extra != CHANGEABLE and name != "ijepa"
     ]
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a JSON file, apply ``KEY=JSON`` overrides and check it; :class:`UserError` lists every problem."""
     try:
-        raw = json.loads(Path(path).read_text())
+        raw = load_json(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; the files that come with the project are in ds_configs/") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); give a file of ds_configs/") from None
-    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({reason(error)}); give a file of ds_configs/") from None
+    except Unwieldy as error:
+        raise UserError(f"{path} is no configuration ({error}); mend it there") from None
+    except NotJSON as error:
         raise UserError(f"{path} is not valid JSON ({error}); mend it there") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold one JSON object, not {json_kind(raw)}")
@@ -326,11 +333,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def parse_config(raw: dict[str, Any], *, source: str = "config") -> Config:
     """Check a configuration given as a dictionary; :class:`UserError` lists every problem."""
+    try:
+        check_levels(raw)
+    except Unwieldy as error:
+        raise UserError(f"{source} is no configuration ({error}); mend it there") from None
     raw = {key: value for key, value in raw.items() if key != "$schema"}
     problems = [f"{key} is not used here: {_OURS_INSTEAD[key]}" for key in raw if key in _OURS_INSTEAD]
     file, more = check(ConfigFile, {key: value for key, value in raw.items() if key not in _OURS_INSTEAD})
     ijepa = file.ijepa if file else check(IJEPAConfig, raw.get("ijepa"))[0]
-    problems += more + _disagreements(raw, ijepa)
+    problems += more + (_disagreements_of_deepspeed(file) if file else []) + _disagreements(raw, ijepa)
     if problems or ijepa is None:
         raise UserError(f"{source} has {len(problems)} problem{'s' * (len(problems) > 1)}:{listing(problems)}")
     return Config(_for_deepspeed(raw), ijepa)
@@ -342,8 +353,10 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {override} is not KEY=JSON, such as --set ijepa.data.workers=4")
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = parse_json(text)
+    except Unwieldy as error:
+        raise UserError(f"--set {key} cannot be taken ({error}); give another value") from None
+    except NotJSON:
         value = text  # a bare word is a string; where a number belongs, the type check refuses it
     *parents, last = key.split(".")
     place = raw
@@ -356,7 +369,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 def _for_deepspeed(raw: dict[str, Any]) -> dict[str, Any]:
     """What DeepSpeed gets, with defaults that differ from its own, each for the reason given."""
-    config = copy.deepcopy({key: value for key, value in raw.items() if key != "ijepa"})
+    config = copy.deepcopy({key: value for key, value in raw.items() if key != "ijepa" and value is not None})
     for key in ("zero_optimization", "bf16", "torch_autocast", "data_types"):
         config.setdefault(key, {})
     config.setdefault("gradient_clipping", 0.0)  # DeepSpeed clips at 1.0 since mid-2026; I-JEPA does not clip
@@ -376,12 +389,6 @@ def _disagreements(raw: dict[str, Any], ijepa: IJEPAConfig | None) -> list[str]:
     problems = []
     if all(isinstance(raw.get(key), dict) and raw[key].get("enabled") for key in ("bf16", "torch_autocast")):
         problems.append("bf16.enabled and torch_autocast.enabled exclude each other; turn one off")
-    autocast = raw.get("torch_autocast")
-    if isinstance(autocast, dict) and str(autocast.get("dtype")).split(".")[-1] == "float16":
-        problems.append(
-            f"torch_autocast.dtype = {autocast['dtype']} needs loss scaling, which the target encoder's "
-            "average does not follow; use bfloat16"
-        )
     zero = raw.get("zero_optimization")
     if isinstance(zero, dict) and zero.get("overlap_comm") and zero.get("contiguous_gradients") is False:
         problems.append(
@@ -408,6 +415,23 @@ def _disagreements(raw: dict[str, Any], ijepa: IJEPAConfig | None) -> list[str]:
                 f"ijepa.masks.truncation_group = {group} must be a multiple of train_micro_batch_size_per_gpu = "
                 f"{micro} and divide train_batch_size = {batch}: its images share one number of context tokens"
             )
+    return problems
+
+
+def _disagreements_of_deepspeed(file: ConfigFile) -> list[str]:
+    problems, zero, bf16 = [], file.zero_optimization, file.bf16.enabled
+    sums = file.data_types.grad_accum_dtype
+    if zero.stage == 0 and sums not in (None, "bf16" if bf16 else "fp32"):
+        problems.append(
+            f"data_types.grad_accum_dtype = {sums} needs zero_optimization.stage = 1 or 2; without, sums are as the "
+            "weights are: leave it out"
+        )
+    fp32_sums_of_bf16 = bf16 and ("grad_accum_dtype" not in file.data_types.model_fields_set or sums == "fp32")
+    if not zero.compute_grad_norm and (zero.stage == 0 or (zero.stage == 1 and fp32_sums_of_bf16)):
+        problems.append(
+            f"zero_optimization.compute_grad_norm = false does not go with stage = {zero.stage}"
+            f"{' and fp32 sums of bf16 gradients' if zero.stage else ''}; leave it out"
+        )
     return problems
 
 

@@ -33,7 +33,7 @@ _KINDS = {
     "string": "text",
     "boolean": "true or false",
     "null": "null",
-    "object": "as DeepSpeed has it",
+    "object": "object (below)",
 }
 
 
@@ -59,13 +59,17 @@ def schema() -> str:
 def table() -> str:
     """The page with every setting's default, values and meaning."""
     parts = [_INTRODUCTION, _section("", ConfigFile)]
+    for name, field in ConfigFile.model_fields.items():
+        if name != "ijepa" and (model := section_of(field.annotation)):
+            parts.append(_section(name, model, changeable=field.json_schema_extra == CHANGEABLE))
     for name, field in IJEPAConfig.model_fields.items():
         if model := section_of(field.annotation):
             parts.append(_section(f"ijepa.{name}", model))
     return "\n".join([*parts, _section("ijepa", IJEPAConfig), _released()])
 
 
-def _section(name: str, model: type[Checked]) -> str:
+def _section(name: str, model: type[Checked], *, changeable: bool = False) -> str:
+    """The table of a section's keys; ``changeable``: all of them on a resume."""
     content = model.model_json_schema(schema_generator=_Schema)
     lines = [
         f"## {name or 'Top level'}\n",
@@ -75,14 +79,14 @@ def _section(name: str, model: type[Checked]) -> str:
     ]
     for key, values in content["properties"].items():
         if "description" not in values:
-            continue  # a section, which has a table of its own
+            continue  # a section, which has a table of its own; a key that is accepted and has no effect
         default = f"`{json.dumps(values['default'])}`" if values.get("default") is not None else "-"
         cells = [
             f"`{name}{'.' * bool(name)}{key}`",
             "required" if key in content.get("required", ()) else default,
             _values(values),
             values["description"],
-            "may change" if values.items() >= CHANGEABLE.items() else "",
+            "may change" if changeable or values.items() >= CHANGEABLE.items() else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

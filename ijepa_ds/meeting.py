@@ -21,9 +21,11 @@ from datetime import timedelta
 from typing import NoReturn
 
 import torch.distributed as dist
+from pydantic import TypeAdapter
 
 from ijepa_ds.errors import UserError, listing, report, some
 from ijepa_ds.launch import RANK_NAMES, Ranks, find_ranks, interface_of, route_to
+from ijepa_ds.validation import parse_json, reason
 
 PATIENCE = "IJEPA_START_SECONDS"  # the variable that says how long to wait for others, in seconds
 _PATIENCE = 120.0
@@ -52,6 +54,9 @@ class Card:
     facts: Facts = field(default_factory=dict)
     device: str = ""
     master: str = ""
+
+
+_CARDS = TypeAdapter(Card)
 
 
 def node_name() -> str:
@@ -205,7 +210,7 @@ class Meeting:
         while missing := [rank for rank in range(self.ranks.world_size) if rank not in cards]:
             for rank in missing:
                 if self.store.check([f"{topic}_{rank}"]):
-                    cards[rank] = Card(**json.loads(self.store.get(f"{topic}_{rank}")))
+                    cards[rank] = self._read_card(rank, self.store.get(f"{topic}_{rank}"))
             waited = time.monotonic() - began
             if mistaken_since is None and any(card.mistake for card in cards.values()):
                 mistaken_since = waited
@@ -221,6 +226,14 @@ class Meeting:
                 print(f"waiting for rank {ranges(missing)}; here: {_nodes(cards.values())}", flush=True)
             time.sleep(0.2 if waited > 2 else 0.01)
         return {rank: cards[rank] for rank in sorted(cards)}, None
+
+    def _read_card(self, rank: int, said: bytes) -> Card:
+        """A process's card; one that cannot be understood is a mistake of that process."""
+        try:
+            return _CARDS.validate_json(json.dumps(parse_json(said)), strict=True)
+        except ValueError as error:  # pydantic's errors are of it
+            mistake = f"rank {rank} said what is not understood here ({reason(error)}); {_ALIKE}"
+            return Card(f"of rank {rank}", mistake)
 
     def _second_coming(self) -> str | None:
         if not self.store.check(["twice"]):

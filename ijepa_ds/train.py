@@ -214,7 +214,7 @@ class Run:
             saved_step=-1 if self.loaded is None else first_step,
         )
         self.losses, self.votes = LossWindow(process), Votes(process)
-        self.guard = LossGuard(config, process, loader, self.folder.path, say=self.monitor.say)
+        self.guard = LossGuard(config, process, loader.step_slots, self.folder.path, say=self.monitor.say)
         self._batch: Batch | None = None
         self._outcome: Outcome | None = None
 

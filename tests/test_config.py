@@ -180,7 +180,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(changes, line):
 def test_an_unknown_key_that_is_near_to_none_is_refused_with_all_names():
     assert (
         problem(ijepa__checkpoint={"xyzzy": 1})
-        == "ijepa.checkpoint.xyzzy is not a setting; valid: keep, keep_epochs, minutes, steps"
+        == "ijepa.checkpoint.xyzzy is not a setting; valid: background, keep, keep_epochs, minutes, steps"
     )
 
 
@@ -562,6 +562,7 @@ CHANGEABLE = {
     "ijepa__run__folder": "elsewhere",
     "ijepa__run__stop_after_steps": 5,
     "ijepa__run__deterministic": True,
+    "ijepa__run__nonfinite_steps": 5,
     "ijepa__data__train": "moved.beton",
     "ijepa__data__validation": "val.beton",
     "ijepa__data__workers": 3,

@@ -17,6 +17,7 @@ from ijepa_ds.meeting import Card, Meeting, disagreement, own_ranks, ranges
 from ijepa_ds.run import agreement
 from ijepa_ds.run.agreement import agree_on_folder, facts_of
 from ijepa_ds.run.folder import RunFolder
+from ijepa_ds.run.lock import release
 
 NODES = ("alpha", "alpha", "beta", "beta")
 
@@ -136,7 +137,9 @@ def test_a_run_folder_that_is_not_shared_is_named(capsys, monkeypatch):
     assert meet(lambda meeting: meeting_of_folder(meeting, folders[meeting.node])) == [End(2)] * 4
     assert f"node beta: {folders['beta'].path} is not rank 0's folder of that name" in the_error(capsys)
     assert meet(lambda meeting: meeting_of_folder(meeting, folders["alpha"])) == [End()] * 4
-    assert not any(folder.path.exists() for folder in folders.values()), "a mark is left"
+    assert [path.name for path in folders["alpha"].path.iterdir()] == ["run.lock"], "a mark is left"
+    assert not folders["beta"].path.exists()
+    release(folders["alpha"].path)
 
 
 def meeting_of_folder(meeting: Meeting, folder: RunFolder) -> None:

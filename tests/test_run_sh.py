@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SETTINGS = ("PYTHON", "DEEPSPEED_ARGS", "TENSORBOARD_HOST")
 COMMANDS = ["setup", "demo", "test", "lint", "convert", "pretrain", "evaluate", "tensorboard"]
 
 
 def run(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "DEEPSPEED_ARGS")}
+    clean = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     return subprocess.run(
         arguments, cwd=cwd, env=clean | env, text=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=1800
     )
@@ -119,6 +120,16 @@ def test_a_matching_stamp_makes_setup_do_nothing(clone: Path, tmp_path: Path) ->
     done = run(clone / "run.sh", "setup", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert sorted((path, path.lstat().st_mtime_ns) for path in clone.rglob("*")) == before
+
+
+def test_tensorboard_listens_to_this_machine_alone_unless_told(clone: Path, tmp_path: Path) -> None:
+    script = clone / ".venv/bin/tensorboard"
+    script.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    script.chmod(0o755)
+    plain = run(clone / "run.sh", "tensorboard", cwd=tmp_path)
+    assert plain.stdout.split() == ["--host", "127.0.0.1", "--logdir", "runs"], plain.stderr
+    opened = run(clone / "run.sh", "tensorboard", "a b", "--port", "1", cwd=tmp_path, TENSORBOARD_HOST="0.0.0.0")
+    assert opened.stdout.splitlines() == ["--host", "0.0.0.0", "--logdir", "a b", "--port", "1"]
 
 
 @pytest.mark.parametrize("change", ["constraints", "path", "interrupted"])

@@ -22,6 +22,8 @@ with mock.patch("numba.typed.Dict", dict):
     from ffcv.fields import FloatField, IntField, RGBImageField
     from ffcv.reader import Reader
 
+LONGEST_NAME = 4096  # bytes of a path, as Linux allows them
+
 
 @dataclass(frozen=True)
 class BetonFile:
@@ -192,7 +194,9 @@ def _names_of(file: BetonFile) -> list[str]:
             "was made before data_prep/to_ffcv.py wrote names, convert it again"
         )
     try:
-        lines = gzip.decompress(path.read_bytes()).split(b"\n")[:-1]  # the last line ends in a line break too
+        with gzip.open(path) as names:
+            text = names.read(LONGEST_NAME * file.num_samples + 1)  # a few kB could become a terabyte
+        lines = text.split(b"\n")[:-1]  # the last line ends in a line break too
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}): convert {file.path} again") from error
     if len(lines) != file.num_samples:

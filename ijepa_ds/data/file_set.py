@@ -11,11 +11,13 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
 
 from ijepa_ds.errors import UserError, some
 from ijepa_ds.files import SHARD_NAME
+from ijepa_ds.validation import Checked, check, load_json, must, reason
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]  # one file, a pattern with *, or a list of both
 _CONVERT = "python data_prep/to_ffcv.py SOURCE"
@@ -30,6 +32,42 @@ class Shard:
     index: int
     of: int
     listing: str | None  # what the whole conversion's images were, as a checksum; None where no note tells it
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+class _Part(Checked):
+    """Which part of a conversion, as its note says."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    index: Annotated[int, Field(ge=1, le=100_000)]
+    of: Annotated[int, Field(ge=1, le=100_000)]
+    listing: str
+
+
+class _Checksums(Checked):
+    """CRC-32 of parts of a .beton, as 8 hexadecimal digits; see ijepa_ds.data.beton_checksums."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    tables: str
+    images: str
+
+
+class _Note(Checked):
+    """A note, as far as its kinds matter."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    # Not list[str]: names of folders need not be UTF-8.
+    class_names: Annotated[Any, must(_are_names, "must be a list of names")] = Field(default=[])
+    shard: _Part | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+    checksums: _Checksums | None = None
 
 
 def files_of(paths: Paths) -> list[str]:
@@ -67,18 +105,22 @@ def _expanded(path: str) -> list[str]:
 
 
 def read_note(path: str) -> dict[str, Any]:
-    """What data_prep/to_ffcv.py wrote beside a .beton; empty where it did not. Raises UserError for a damaged note."""
-    file = Path(f"{path}.json")
-    if not file.exists():
+    """What data_prep/to_ffcv.py wrote beside a .beton; empty where it did not.
+
+    Raises:
+        UserError: it is damaged, or something else.
+    """
+    file, cure = f"{path}.json", "restore it, or remove it to do without"
+    if not os.path.lexists(file):
         return {}
     try:
-        note = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        why = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise UserError(f"{file} cannot be read ({why}): restore it, or remove it to do without") from error
-    if not isinstance(note, dict):
-        raise UserError(f"{file} is not what data_prep/to_ffcv.py writes: restore it, or remove it to do without")
-    return note
+        raw = load_json(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({reason(error)}): {cure}") from None
+    note, problems = check(_Note, raw)
+    if note is None:
+        raise UserError(f"{file} is not what data_prep/to_ffcv.py writes ({problems[0]}): {cure}")
+    return raw
 
 
 def check_set(files: Sequence[str], paths: Paths) -> None:
@@ -152,10 +194,9 @@ def _check_conversion(parts: list[Shard], of: int) -> None:
 
 def _shard_of(path: str, note: dict[str, Any]) -> Shard | None:
     match = SHARD_NAME.fullmatch(path)
-    noted = note.get("shard")
-    if isinstance(noted, dict) and {"index", "of", "listing"} <= noted.keys():
+    if noted := note.get("shard"):
         stem = match["stem"] if match else path
-        return Shard(path, stem, int(noted["index"]), int(noted["of"]), str(noted["listing"]))
+        return Shard(path, stem, noted["index"], noted["of"], noted["listing"])
     return Shard(path, match["stem"], int(match["index"]), int(match["of"]), None) if match else None
 
 

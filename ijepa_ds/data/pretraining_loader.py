@@ -123,6 +123,13 @@ class PretrainingLoader:
         """The samples of a step's global batch in order, int64 [global batch]."""
         return next(self._global_batches(step, step + 1))
 
+    def step_slots(self, step: int) -> np.ndarray:
+        """The same as they are dealt out: int64 [micro-batches, ranks, micro_batch]."""
+        return self._dealt(self.step_samples(step))
+
+    def _dealt(self, samples: np.ndarray) -> np.ndarray:
+        return samples.reshape(self.micro_batches_per_step, self.world_size, self.micro_batch)
+
     def _batches(self, step: int, end: int) -> Iterator[_Loaded]:
         for request, ((images, failed), rows) in self.pipeline.traverse(self._requests(step, end)):
             refuse_failed(failed, request.samples, self.dataset)
@@ -131,8 +138,7 @@ class PretrainingLoader:
     def _requests(self, step: int, end: int) -> Iterator[_MicroBatch]:
         for time, samples in zip(range(step, end), self._global_batches(step, end), strict=True):
             target_tokens = self.sampler.block_sizes(time).target_tokens
-            slots = samples.reshape(self.micro_batches_per_step, self.world_size, self.micro_batch)
-            for micro, mine in enumerate(slots[:, self.rank]):
+            for micro, mine in enumerate(self._dealt(samples)[:, self.rank]):
                 group = self._truncation_group(samples, micro)
                 yield _MicroBatch(mine, time, self.sampler.context_count(time, group), target_tokens)
 

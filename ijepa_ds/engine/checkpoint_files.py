@@ -28,7 +28,7 @@ from ijepa_ds.engine.rank_files import (
     open_rank_file,
 )
 from ijepa_ds.errors import UserError
-from ijepa_ds.validation import Checked, Count, check
+from ijepa_ds.validation import Checked, Count, check, load_json
 
 UNFINISHED, SET_ASIDE = "tmp.", "damaged."  # before the name of a folder that is no checkpoint: half written, or found
 
@@ -94,7 +94,7 @@ def read_state(checkpoint: Path) -> SavedState:
     """What state.json says; :class:`Damaged` where it cannot be believed."""
     file = checkpoint / "state.json"
     try:
-        raw = json.loads(file.read_text())
+        raw = load_json(file)
         if isinstance(raw, dict) and type(raw.get("format")) is int and raw["format"] > FORMAT:
             raise UserError(f"{checkpoint} has format {raw['format']}, this version reads up to {FORMAT}; update it")
         state, problems = check(SavedState, raw)

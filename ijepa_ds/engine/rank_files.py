@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ijepa_ds.errors import UserError
 from ijepa_ds.files import write_synced
-from ijepa_ds.validation import Checked, Count, check
+from ijepa_ds.validation import Checked, Count, check, parse_json
 
 FORMAT = 2
 SUFFIXES = {1: ".pt", 2: ".safetensors"}
@@ -228,12 +228,12 @@ def _old_extent(first: Any, values: Any) -> tuple[int, int]:
 
 def _parse(text: bytes) -> tuple[dict[str, _Entry], Contents]:
     """The head of a file, or ValueError."""
-    raw = json.loads(text)
+    raw = parse_json(text)
     metadata = raw.pop("__metadata__", None) if isinstance(raw, dict) else None
     head, problems = check(_Head, {"tensors": raw, "metadata": metadata})
     if head is None:
         raise ValueError(problems[0])
-    contents, problems = check(Contents, json.loads(head.metadata.get("ijepa_ds", "null")))
+    contents, problems = check(Contents, parse_json(head.metadata.get("ijepa_ds", "null")))
     if contents is None:
         raise ValueError(problems[0])
     return head.tensors, contents

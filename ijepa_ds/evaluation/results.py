@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from ijepa_ds.errors import UserError
 from ijepa_ds.files import replacing
+from ijepa_ds.validation import NotJSON, load_json, reason
 
 Head = dict[str, Any]  # its "features", what else it was trained with, and the "value" that it reached
 NOT_OF_THE_HEAD = ("features", "value", "deviation", "values")  # the last two: where "value" is a mean over draws
@@ -97,13 +98,14 @@ def read_results(path: str | Path) -> Results:
         UserError: it is not there, something else, or of another schema.
     """
     try:
-        return TypeAdapter(Results).validate_json(Path(path).read_bytes(), strict=True)
-    except OSError as error:
-        reason = str(error.strerror)
+        raw = load_json(path, nan=True)  # of a head that diverged
+        return TypeAdapter(Results).validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         problem = min(error.errors(), key=lambda problem: problem["loc"] != ("schema",))  # which explains all others
-        reason = ": ".join([".".join(map(str, problem["loc"])), problem["msg"]][not problem["loc"] :])
-    raise UserError(f"{path} is not the results of an evaluation ({reason}); make it with: python -m ijepa_ds evaluate")
+        why = ": ".join([".".join(map(str, problem["loc"])), problem["msg"]][not problem["loc"] :])
+    except (OSError, NotJSON) as error:
+        why = reason(error)
+    raise UserError(f"{path} is not the results of an evaluation ({why}); make it with: python -m ijepa_ds evaluate")
 
 
 def combine(measured: Mapping[str, list[Measurement]]) -> list[TaskResult]:

@@ -22,6 +22,7 @@ from ijepa_ds.exchange.inferred_config import infer_config, size_differences
 from ijepa_ds.exchange.read import ReferenceCheckpoint, read_reference
 from ijepa_ds.method.ijepa import CONTEXT_ENCODER
 from ijepa_ds.run.folder import RunFolder
+from ijepa_ds.run.lock import hold, release
 
 _HELP = """
 The file is read as tensors and plain values; nothing in it is executed. Sizes are read off the
@@ -111,5 +112,9 @@ def write_run(config: Config, checkpoint: ReferenceCheckpoint) -> Path:
     state = trainable.state()
     fill(state.slices[TARGET], {f"{CONTEXT_ENCODER}.{n}": w for n, w in checkpoint.target.weights.items()})
     folder = RunFolder(config)
-    folder.prepare(config, num_images=None)
-    return save(folder.checkpoints, 0, state, trainable.process, keep=config.ijepa.checkpoint.keep)
+    hold(folder.path)
+    try:
+        folder.prepare(config, num_images=None)
+        return save(folder.checkpoints, 0, state, trainable.process, keep=config.ijepa.checkpoint.keep)
+    finally:
+        release(folder.path)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from ijepa_ds.build import encoder_dimensions
-from ijepa_ds.config import Config
+from ijepa_ds.config import Config, load_config
+from ijepa_ds.errors import UserError
 from ijepa_ds.exchange.read import ForeignEncoder
 from ijepa_ds.exchange.sizes import TensorSizes, name_of
 from ijepa_ds.files import PROJECT
+from ijepa_ds.validation import load_json
 
 _RECIPES = PROJECT / "ds_configs"
 _DEFAULT = {
@@ -41,13 +42,16 @@ def infer_config(encoder: ForeignEncoder, predictor: TensorSizes | None = None) 
     if predictor is not None:
         model |= {"predictor_width": predictor.width, "predictor_depth": predictor.depth}
     for file in sorted(_RECIPES.glob("*.json")):
-        raw = json.loads(file.read_text())
-        if "ijepa" not in raw:
-            continue  # the schema
+        try:
+            load_config(file)
+        except UserError:
+            continue  # the schema, or somebody's own that is not finished
+        raw = load_json(file)
         recipe = raw["ijepa"]
         same_size = recipe["data"].get("image_size", 224) == data["image_size"]
         if same_size and all(recipe["model"].get(key) == value for key, value in model.items()):
-            del recipe["run"], raw["$schema"]
+            del recipe["run"]
+            raw.pop("$schema", None)
             return raw, f"the recipe is that of ds_configs/{file.name}"
     return {**_DEFAULT, "ijepa": {"data": data, "model": model}}, (
         "no file of ds_configs/ has these sizes: the recipe is the default one (schedules of the released ViT-H/14)"

@@ -20,7 +20,7 @@ from ijepa_ds.config import parse_config
 from ijepa_ds.errors import UserError, listing
 from ijepa_ds.method.encoder import NAMED_DIMENSIONS
 from ijepa_ds.method.masks import default_context_tokens
-from ijepa_ds.validation import Checked, Count, Pair, check, must
+from ijepa_ds.validation import Checked, Count, Pair, check, check_levels, must, read_bytes, reason
 
 WORLD_SIZE = 16  # of the released configurations for 224 pixels: their batch_size is the images of one GPU
 _DATA = ("data/imagenet/train.beton", "data/imagenet/val.beton")
@@ -188,9 +188,12 @@ def main(arguments: list[str] | None = None) -> int:
 def read_yaml(path: str) -> Released:
     """The released code's configuration in a YAML file; what is unknown, missing or not supported is all named."""
     try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}); mend it there") from None
+        raw = yaml.safe_load(read_bytes(path))
+        check_levels(raw)
+    except (OSError, ValueError, yaml.YAMLError) as error:  # a date that is none, or a number of 4,300 digits
+        raise UserError(f"{path} cannot be read as YAML ({reason(error)}); mend it there") from None
+    except RecursionError:
+        raise UserError(f"{path} cannot be read as YAML (its lists are too deep); mend it there") from None
     if not isinstance(raw, dict) or not all(isinstance(section, dict) for section in raw.values()):
         raise UserError(f"{path} must hold sections as the released code's do: {', '.join(Released.model_fields)}")
     released, problems = check(Released, raw)

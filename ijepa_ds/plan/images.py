@@ -8,12 +8,14 @@ Rates of the loader are those measured in ``benchmarks/results/2026-11-25_loader
 from __future__ import annotations
 
 import glob
-import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ConfigDict
+
 from ijepa_ds.errors import some
+from ijepa_ds.validation import Checked, Count, Pair, check, load_json
 
 IMAGENET = 1_281_167  # images of its training split
 # Longest side of the stored images -> images/s of a core: loader, FFCV's decoder alone.
@@ -24,6 +26,21 @@ _BYTES_AT_512 = 65.5e9 / IMAGENET
 _HEADER = struct.Struct("<HHIQQ")  # FFCV's: version, fields, page size, samples, where the table of places is
 _VERSION = 2
 _BUFFERS = 5  # micro-batches for which FFCV keeps room to decode into
+
+
+class _Sizes(Checked):
+    """Least and largest of the stored images, in pixels."""
+
+    height: Pair[Count]
+    width: Pair[Count]
+
+
+class _Note(Checked):
+    """Of what data_prep/to_ffcv.py wrote beside a .beton, the part that matters here."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    image_size: _Sizes
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,7 @@ def _size(path: Path) -> int:
 def _side(path: Path) -> int | None:
     """The longest side of the stored images, by what data_prep/to_ffcv.py wrote beside them."""
     try:
-        sizes = json.loads(Path(f"{path}.json").read_text())["image_size"]
-        return max(int(sizes[side][1]) for side in ("height", "width"))
-    except (OSError, ValueError, LookupError, TypeError):
+        note, _ = check(_Note, load_json(f"{path}.json"))
+    except (OSError, ValueError):
         return None
+    return max(note.image_size.height[1], note.image_size.width[1]) if note else None

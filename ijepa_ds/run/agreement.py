@@ -10,21 +10,23 @@ from ijepa_ds.config import Config
 from ijepa_ds.errors import UserError
 from ijepa_ds.meeting import Card, Facts, Meeting, join
 from ijepa_ds.run.folder import VISIBLE, RunFolder
+from ijepa_ds.run.lock import hold, release
 from ijepa_ds.run.provenance import git_commit, source_hash, versions
 
 
 def agree_on_run(config: Config, num_images: int, files: list[str]) -> None:
-    """Go on only if all processes mean the same run: configuration, data, code, packages, folder.
+    """Go on only if all processes mean the same run: configuration, data, code, packages, folder; no other is in it.
 
     Else every process ends with exit code 2, after rank 0 has said which node is not like the others. A process that
     is alone has nothing to compare. ``files``: the .beton files that are read, of training and of validation.
     """
-    meeting = join()
+    meeting, folder = join(), RunFolder(config)
     if meeting.ranks.alone:
+        hold(folder.path)
         return
     facts = facts_of(config, num_images, files, whole=meeting.ranks.local_rank == 0)
     meeting.agree("start", Card(meeting.node, facts=facts))
-    agree_on_folder(meeting, RunFolder(config))
+    agree_on_folder(meeting, folder)
 
 
 def facts_of(config: Config, num_images: int, files: list[str], *, whole: bool) -> Facts:
@@ -40,10 +42,14 @@ def facts_of(config: Config, num_images: int, files: list[str], *, whole: bool) 
 
 
 def agree_on_folder(meeting: Meeting, folder: RunFolder) -> None:
-    """Refuse a run folder that is not one and the same on all nodes: checkpoints would lie about in pieces."""
+    """Refuse a run folder that is not one and the same on all nodes: checkpoints would lie about in pieces.
+
+    Rank 0 locks it before anything is written there; what the others write is part of saves that only it completes.
+    """
     mark, mistake = "", None
     if meeting.ranks.rank == 0:
         try:
+            hold(folder.path)
             mark = folder.leave_mark()
         except UserError as error:
             mistake = str(error)
@@ -55,6 +61,9 @@ def agree_on_folder(meeting: Meeting, folder: RunFolder) -> None:
                 f"{VISIBLE:.0f} s; set ijepa.run.folder to a file system that all nodes share"
             )
         meeting.agree("folder", Card(meeting.node, mistake))
+    except BaseException:
+        release(folder.path)
+        raise
     finally:
         if meeting.ranks.rank == 0:
             folder.remove_mark(mark)

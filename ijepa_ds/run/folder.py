@@ -8,15 +8,27 @@ import os
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
 
 from ijepa_ds.config import Config, parse_config
 from ijepa_ds.engine.checkpoint_files import list_checkpoints, remove_incomplete
 from ijepa_ds.errors import UserError, listing
 from ijepa_ds.files import replacing
 from ijepa_ds.run.provenance import git_commit, versions
+from ijepa_ds.validation import Checked, read_json
 
 VISIBLE = 10.0  # seconds until a file written on one node must be seen on all others
+
+
+class RunRecord(Checked):
+    """Of a run's config.json the part that is read again: the effective configuration, the number of its images."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    config: dict[str, Any]
+    images: Annotated[int, Field(ge=0)] | None
 
 
 class RunFolder:
@@ -128,10 +140,6 @@ def read_run_record(path: Path) -> tuple[Config, int | None]:
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path} is not a run folder: it has no config.json")
-    try:
-        record = json.loads(file.read_text())
-        return parse_config(record["config"], source=str(file)), record["images"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file} cannot be read ({error!r}); put back what the run wrote, or move {path} away"
-        ) from None
+    cure = f"put back what the run wrote, or move {path} away"
+    record = read_json(RunRecord, file, f"is not what a run writes; {cure}", cure)
+    return parse_config(record.config, source=str(file)), record.images

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from ijepa_ds.config import Config
-from ijepa_ds.data.pretraining_loader import PretrainingLoader
 from ijepa_ds.distributed import Process, from_main, gather
 from ijepa_ds.engine.trainable import Examination
 from ijepa_ds.errors import UserError
@@ -26,18 +27,24 @@ _MOST_SAMPLES = 8  # of a step
 
 
 class LossGuard:
-    """Looks at the losses of each log line; all processes call it together, and ``say`` speaks on rank 0."""
+    """Looks at the losses of each log line; all processes call it together.
+
+    Args:
+        samples: of the step with this index from 0, as numbers in the dataset, int64 [micro-batches, ranks, images].
+        folder: of the run.
+        say: speaks on rank 0.
+    """
 
     def __init__(
         self,
         config: Config,
         process: Process,
-        loader: PretrainingLoader,
+        samples: Callable[[int], np.ndarray],
         folder: Path,
         *,
         say: Callable[[str], object],
     ) -> None:
-        self.process, self.loader, self.folder, self.say = process, loader, folder, say
+        self.process, self.samples, self.folder, self.say = process, samples, folder, say
         self.limit = config.ijepa.run.nonfinite_steps
         self.spikes = Spikes(config.ijepa.monitor.spike_deviations)
         self.pipeline = config.ijepa.pipeline.stages > 1  # with one loss for all samples of a step
@@ -68,9 +75,7 @@ class LossGuard:
         """Where a step's losses were not finite: ``rank``, ``micro_batch`` and ``samples``, numbers in the dataset."""
         if self.pipeline or not loss.not_finite:
             return []
-        slots = self.loader.step_samples(loss.step - 1).reshape(
-            self.loader.micro_batches_per_step, self.process.world_size, -1
-        )
+        slots = self.samples(loss.step - 1)
         return [
             {"rank": rank, "micro_batch": micro_batch, "samples": slots[micro_batch, rank].tolist()}
             for micro_batch, rank in loss.not_finite
@@ -86,7 +91,7 @@ class LossGuard:
             what = {
                 "values": values,
                 "steps": [{**dataclasses.asdict(each), "not_finite": self._places(each)} for each in losses.steps],
-                "samples_of_last_step": self.loader.step_samples(step - 1).tolist(),
+                "samples_of_last_step": self.samples(step - 1).ravel().tolist(),
                 "last_micro_batch_by_rank": examinations,
             }
             written = _write(self.folder / f"not_finite_step_{step:09d}.json", what)

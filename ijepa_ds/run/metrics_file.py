@@ -8,7 +8,18 @@ import os
 import time
 from pathlib import Path
 
+from pydantic import ConfigDict
+
 from ijepa_ds.files import replacing
+from ijepa_ds.validation import Checked, NotJSON, check, parse_json
+
+
+class _Line(Checked):
+    """A line, as far as it matters here."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    step: int
 
 
 class MetricsFile:
@@ -21,7 +32,7 @@ class MetricsFile:
     def __init__(self, path: Path, *, last_step: int) -> None:
         self.path = path
         self._record: dict[str, float | int | None] = {}
-        kept = _lines_up_to(path, last_step) if path.exists() else []
+        kept = _lines_up_to(path, last_step) if path.is_file() else []
         with replacing(path) as temporary:
             temporary.write_bytes(b"".join(kept))
         self._offset = self._end = sum(map(len, kept))  # of the last line; past it
@@ -48,8 +59,9 @@ def _lines_up_to(path: Path, last_step: int) -> list[bytes]:
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= last_step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
+            said, _ = check(_Line, parse_json(line))
+        except NotJSON:
             continue  # cut off in the middle
+        if line.endswith(b"\n") and said is not None and said.step <= last_step:
+            kept.append(line)
     return kept

@@ -14,6 +14,7 @@ from made_up_images import smooth_image
 
 from ijepa_ds.data.beton import Tables, class_names, image_sizes, inspect_dataset, read_labels, read_names
 from ijepa_ds.data.ffcv_pipeline import DecodeError, refuse_failed
+from ijepa_ds.data.file_set import read_note
 from ijepa_ds.data.mapped_files import map_files, starts_of
 from ijepa_ds.data.pretraining_loader import PretrainingLoader
 from ijepa_ds.errors import UserError
@@ -219,3 +220,30 @@ def test_shards_of_other_listings_of_one_source_are_refused(noted):
         Path(f"{path}.json").rename(path.with_name(f"train-{number}-of-2.beton.json"))
         path.rename(path.with_name(f"train-{number}-of-2.beton"))
     assert "did not list the same images" in refusal(paths[0].with_name("train-*"))
+
+
+@pytest.mark.parametrize(
+    ("note", "reason"),
+    [
+        (b"", "cannot be read"),
+        (b"\xff", "byte 0 is not UTF-8"),
+        (b"null", "it must be an object, not null"),
+        (b'{"class_names": 3}', "class_names = 3 must be a list of names"),
+        (b'{"class_names": ["a", 3]}', "must be a list of names"),
+        (b'{"shard": {"index": "1", "of": 2, "listing": "x"}}', 'shard.index = "1" must be a whole number'),
+        (b'{"shard": {"index": 1, "of": 1000000000000, "listing": "x"}}', "shard.of = 1000000000000 must be at most"),
+        (b'{"shard": []}', "shard must be an object, not a list"),
+        (b"[" * 1000 + b"]" * 1000, "deep"),
+    ],
+)
+def test_a_note_that_is_none_is_refused_in_a_sentence(tmp_path, note, reason):
+    path = tmp_path / "x.beton"
+    Path(f"{path}.json").write_bytes(note)
+    with pytest.raises(UserError, match=r"x\.beton\.json .*restore it, or remove it to do without") as refused:
+        read_note(str(path))
+    assert reason in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_names_of_folders_need_not_be_utf_8(tmp_path):
+    Path(f"{tmp_path}/x.beton.json").write_text(json.dumps({"class_names": ["a\udcff"]}))
+    assert read_note(f"{tmp_path}/x.beton")["class_names"] == ["a\udcff"]

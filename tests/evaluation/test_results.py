@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,10 @@ TASK = dataclasses.asdict(results().tasks[0])
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("{", "Invalid JSON"),
-        ("\xff\xfe\x00", "Invalid JSON"),
+        ("{", "Expecting property name"),
+        ("\xff\xfe\x00", "byte 0 is not UTF-8"),
+        ("[" * 5000 + "]" * 5000, "lists and objects lie within one another"),
+        ({"tasks": 10**500}, "a number has 501 digits"),
         ("[]", "Input should be an object"),
         ({"schema": 7, "tasks": 3}, "schema: Input should be 1"),
         ({"tasks": []}, "tasks: List should have at least 1 item"),
@@ -149,6 +152,14 @@ def test_files_of_another_kind_are_refused_in_one_sentence(
     with pytest.raises(UserError, match=sentence) as error:
         read_results(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_head_that_diverged_stays_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    whole = dataclasses.asdict(results())
+    whole["tasks"][0]["grid"][0]["value"] = math.nan
+    path.write_text(json.dumps(whole))
+    assert math.isnan(read_results(path).tasks[0].grid[0]["value"])
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -59,6 +59,9 @@ def test_missing_and_damaged_files_are_named(beton, tmp_path):
         names.write_bytes(damaged)
         with pytest.raises(UserError, match=r"names.gz cannot be read .*again|names 0 files for the 5 samples"):
             samples_of_list(split, beton)
+    names.write_bytes(gzip.compress(b"\n" * 10**6))  # is not unpacked to its end
+    with pytest.raises(UserError, match=f"names {5 * 4096 + 1} files for the 5 samples"):
+        samples_of_list(split, beton)
 
 
 def test_draws_are_seeded_balanced_and_nested():
