@@ -70,7 +70,9 @@ def checkpoint_results() -> dict:
 @pytest.mark.long
 def test_checkpoint() -> None:
     (results,) = run_ranks(checkpoint_results, 1)
-    assert results["seconds"].keys() == results["mb_per_second"].keys() >= {"snapshot", "write", "load", "save, waiting"}
+    assert (
+        results["seconds"].keys() == results["mb_per_second"].keys() >= {"snapshot", "write", "load", "save, waiting"}
+    )
     # Four kinds of fp32 slices, of which the average has no predictor.
     assert 0.3 < results["megabytes"] < 1.0
     felt = results["background"]
