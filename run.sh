@@ -246,6 +246,7 @@ main() {
         convert) exec "$python" "$root/data_prep/to_ffcv.py" "$@" ;;
         pretrain)
             read -ra launcher_args <<<"${DEEPSPEED_ARGS:-}"
+            export IJEPA_STARTER=$$ # the ranks leave when this script is gone
             run_group deepspeed "${launcher_args[@]}" "$root/run.py" "$@"
             ;;
         evaluate) exec "$python" -m ijepa_ds evaluate "$@" ;;

@@ -49,7 +49,7 @@ class _Now:
     steps: int = 0
 
 
-_now = _Now(Activity("starting", time.monotonic()))
+_now = _Now(Activity("starting", time.monotonic(), LONG_SECONDS))
 
 
 def current() -> tuple[Activity, int]:

@@ -52,9 +52,10 @@ from ijepa_ds.hardware import bf16_warning, peak_flops, set_numerics
 from ijepa_ds.meeting import join, own_ranks
 from ijepa_ds.method.masks import MaskSampler, ReferenceSampler, default_context_tokens
 from ijepa_ds.method.schedules import Hyperparameters
+from ijepa_ds.run import launchers
 from ijepa_ds.run.agreement import agree_on_run
 from ijepa_ds.run.folder import RunFolder
-from ijepa_ds.run.heartbeat import Heartbeat
+from ijepa_ds.run.heartbeat import GIVEN_UP, Heartbeat
 from ijepa_ds.run.losses import LossSum
 from ijepa_ds.run.meter import Meter
 from ijepa_ds.run.monitor import Monitor
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         join().leave(error)
     with Heartbeat(join(), config.ijepa.run.silence_seconds):
         train(config, *checked)
-    return 0
+    return GIVEN_UP if launchers.ended() else 0
 
 
 def check_before_building(config: Config) -> tuple[Dataset, MaskSampler]:

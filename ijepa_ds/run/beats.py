@@ -120,4 +120,3 @@ class Judge:
 def stuck(rank: int, beat: Beat) -> str:
     """That a process is held up by nothing but what it does itself."""
     return f"rank {rank} on {beat.node} has been {beat.what} for {beat.age:.0f} s, {beat.place()}"
-

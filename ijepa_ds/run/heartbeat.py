@@ -2,8 +2,8 @@
 
 Two threads beside the main one, which may be in a collective or in native code. One speaks with the store that rank 0
 keeps, on a connection of its own; a request to a process that was stopped never returns. The other asks nobody: it
-looks at what the first has heard and since when, at what the main thread does, and at the launchers, and it ends the
-process where that is to be done, without waiting for a device or a collective.
+looks at what the first has heard and since when, and at what the main thread does, and it ends the process where that
+is to be done, without waiting for a device or a collective.
 
 Rank 0 reads all beats, every other rank reads rank 0's. For N processes that is 2 N requests every :data:`_INTERVAL`
 seconds, of some hundred bytes each; only rank 0's answer grows with N.
@@ -29,7 +29,6 @@ from ijepa_ds.activity import current
 from ijepa_ds.errors import UserError, report
 from ijepa_ds.meeting import Meeting
 from ijepa_ds.run.beats import STUCK_FACTOR, Beat, Judge, decode, stuck
-from ijepa_ds.run.launchers import Launchers, launchers
 
 GIVEN_UP = 75  # the exit code of who leaves because of another, or stands still: "try again" in sysexits.h
 _INTERVAL = 2.0  # seconds from one beat to the next, at most
@@ -47,17 +46,16 @@ class Heartbeat:
     Args:
         meeting: of the run's processes.
         silence: seconds without a sign of life after which a process counts as dead.
-        above: the launchers; the process is asked to stop, as by SIGTERM, when one has ended.
     """
 
-    def __init__(self, meeting: Meeting, silence: float, above: Launchers | None = None) -> None:
+    def __init__(self, meeting: Meeting, silence: float) -> None:
         self.ranks, self.node, self.silence = meeting.ranks, meeting.node, silence
         self.interval = min(_INTERVAL, max(0.2, silence / 30))
-        self.above = launchers() if above is None else above
         self.judge = Judge(silence, quick=4 * self.interval + 1)
         self.failure = ""  # why the run ends: the first that was said
         self._count, self._broken, self._bye, self._begun = 0, False, False, False
-        self._own_failure: str | None = None
+        self._own_failure: str | None = None  # what this process gives as the reason, and when it did
+        self._told_at, self._posted = 0.0, False
         self._told, self._wake, self._stopped = threading.Event(), threading.Event(), threading.Event()
         self._deciding = threading.Event()  # the main thread has had an error, and says itself what comes of it
         self._leaving = threading.Lock()
@@ -124,7 +122,7 @@ class Heartbeat:
 
     def tell(self, failure: str) -> None:
         """Have the run end for this reason, unless there is one before it."""
-        self._own_failure = failure
+        self._own_failure, self._told_at = failure, time.monotonic()
         self._wake.set()
 
     def leave(self, line: str | None, code: int = GIVEN_UP) -> NoReturn:
@@ -170,8 +168,9 @@ class Heartbeat:
         if rank == 0 and not self._begun:
             store.compare_set("failure", "", "")  # so that it can be read
             self._begun = True
-        if self._own_failure is not None and not self.failure:
+        if self._own_failure is not None and not self._posted:
             store.compare_set("failure", "", self._own_failure)
+            self._posted = True
         watched = [0] if rank > 0 else range(self.ranks.world_size)
         coming = [r for r in watched if r in self.judge.beats or store.check([f"beat_{r}"])]
         *beats, failure = store.multi_get([*(f"beat_{r}" for r in coming), "failure"])
@@ -215,21 +214,12 @@ class Heartbeat:
     # -------------------------------------------------------------------------------------- the thread that asks nobody
 
     def _watch(self) -> None:
-        asked_to_stop, last = False, time.monotonic()
+        last = time.monotonic()
         while not self._stopped.wait(self.interval / 4):
             gap, last = time.monotonic() - last, time.monotonic()
-            if not asked_to_stop and (name := self.above.gone()):
-                asked_to_stop = True
-                self._stop(name)
             self._look_at_the_main_thread()
             if not (self.ranks.alone or self._deciding.is_set()):
                 self._look_at_the_others(gap)
-
-    def _stop(self, name: str) -> None:
-        if self.ranks.local_rank == 0:
-            with contextlib.suppress(OSError):
-                os.write(2, f"{name} on {self.node} has ended: its processes save and leave\n".encode())
-        os.kill(os.getpid(), signal.SIGTERM)
 
     def _look_at_the_main_thread(self) -> None:
         """What it does alone has a limit of its own; rank 0 reports of all who are slow in it."""
@@ -258,6 +248,8 @@ class Heartbeat:
             self.judge.break_off(now)
         if not self.failure and not self._bye:
             self._judge(now)
+        if not self.failure and self._own_failure is not None and now - self._told_at > self.judge.quick:
+            self.failure = self._own_failure  # the store does not answer
         if self.failure:
             self.leave(self._line())
 
