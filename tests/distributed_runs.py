@@ -32,7 +32,14 @@ TESTS = ROOT / "tests"
 NUM_IMAGES = 67  # 4 steps of 16 images an epoch, three images left over
 GLOBAL_BATCH = 16
 PATIENCE = 1800.0  # seconds until something is taken to hang: a slow machine must not meet it
-_PRELOADED = ["torch", "deepspeed", "ijepa_ds.train", "ijepa_ds.evaluation.command", "torch.utils.tensorboard"]
+_PRELOADED = [
+    "torch",
+    "deepspeed",
+    "ijepa_ds.train",
+    "ijepa_ds.evaluation.command",
+    "torch.utils.tensorboard",
+    "deepspeed.runtime.zero.muon.original_muon",
+]
 
 if "IJEPA_DS_TESTS" in os.environ:  # in one of the processes started here
     FOLDER = Path(os.environ["IJEPA_DS_TESTS"])

@@ -38,7 +38,10 @@ class Ranks:
         port, path = free_port(), write_config(config)
         self.processes = [
             _start(
-                _train, (str(path), prepare), {**rank_environment(rank, world_size, port), **environment}, self.files[rank]
+                _train,
+                (str(path), prepare),
+                {**rank_environment(rank, world_size, port), **environment},
+                self.files[rank],
             )
             for rank in range(world_size)
         ]
@@ -61,7 +64,7 @@ class Ranks:
         """Until a rank has printed ``text``."""
         end = time.monotonic() + seconds
         while not any(text in self.output(rank) for rank in range(len(self.files))):
-            assert time.monotonic() < end and self.alive(), f"no {text!r}:\n{self.outputs()}"
+            assert time.monotonic() < end and self.alive(), f"no {text!r}:\n{self.outputs()[-2000:]}"
             time.sleep(0.02)
 
     def wait(self, seconds: float, *ranks: int) -> float | None:
@@ -99,14 +102,14 @@ class Ranks:
 
 def attacked_config(name: str, folder: Path = FOLDER / "attacked", **changes: Any) -> dict[str, Any]:
     """Twelve steps of a model of one layer, with a checkpoint after every second, in which five seconds are silence."""
-    return tiny_config(
-        ijepa__run__name=name,
-        ijepa__run__folder=str(folder),
-        ijepa__run__silence_seconds=5,
-        ijepa__model__depth=1,
-        ijepa__model__predictor_depth=1,
-        ijepa__optimization__epochs=3,
-        ijepa__checkpoint__steps=2,
-        ijepa__checkpoint__keep=2,
-        **changes,
-    )
+    settings = {
+        "ijepa__run__name": name,
+        "ijepa__run__folder": str(folder),
+        "ijepa__run__silence_seconds": 5,
+        "ijepa__model__depth": 1,
+        "ijepa__model__predictor_depth": 1,
+        "ijepa__optimization__epochs": 3,
+        "ijepa__checkpoint__steps": 2,
+        "ijepa__checkpoint__keep": 2,
+    }
+    return tiny_config(**{**settings, **changes})

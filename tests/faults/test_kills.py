@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,35 +35,30 @@ def die_at(moment: str, rank: int, call: int) -> None:
     from ijepa_ds.run import heartbeat
 
     calls = iter(range(1, 10**6))
-
-    def patch(module: Any, name: str, before: bool, half: Callable[..., None] = lambda *_: None) -> None:
-        whole = getattr(module, name)
-
-        def fatal(*arguments: Any, **named: Any) -> Any:
-            last = next(calls) >= call
-            if last and before:
-                half(*arguments)
-                die()
-            result = whole(*arguments, **named)
-            if last:
-                half(*arguments)
-                die()
-            return result
-
-        setattr(module, name, fatal)
-
-    if moment == "meeting":
-        patch(meeting.Meeting, "agree", before=True)
-    elif moment == "beating":
-        patch(heartbeat.Heartbeat, "__enter__", before=False)
-    elif moment == "writing":
-        patch(checkpoint_writer, "write_rank_file", False, lambda path, *_: os.truncate(path, path.stat().st_size // 2))
-    elif moment == "before naming":
-        patch(checkpoint_writer, "_take_place", before=True)
-    elif moment == "after naming":
-        patch(checkpoint_writer, "_take_place", before=False)
-    else:
+    if moment == "pruning":
         checkpoint_files.shutil = _Removing(functools.partial(die_halfway, calls, call))  # type: ignore[assignment]
+        return
+    owner, name = {
+        "meeting": (meeting.Meeting, "agree"),
+        "beating": (heartbeat.Heartbeat, "__enter__"),
+        "writing": (checkpoint_writer, "write_rank_file"),
+        "before naming": (checkpoint_writer, "_take_place"),
+        "after naming": (checkpoint_writer, "_take_place"),
+    }[moment]
+    whole = getattr(owner, name)
+
+    def fatal(*arguments: Any) -> Any:
+        last = next(calls) >= call
+        if last and moment in ("meeting", "before naming"):
+            die()
+        result = whole(*arguments)
+        if last and moment == "writing":  # half of the file
+            os.truncate(arguments[0], arguments[0].stat().st_size // 2)
+        if last:
+            die()
+        return result
+
+    setattr(owner, name, fatal)
 
 
 class _Removing:
@@ -71,7 +66,7 @@ class _Removing:
         self.rmtree = rmtree
 
 
-def die_halfway(calls: Any, call: int, path: Path, **named: Any) -> None:
+def die_halfway(calls: Iterator[int], call: int, path: Path, **named: Any) -> None:
     """Remove a folder, or, at the call, one of its files."""
     if next(calls) < call or not path.exists():
         shutil.rmtree(path, **named)
@@ -137,7 +132,8 @@ class Attack:
             self.row.count(outcome, what)
 
 
-def test_two_kills_leave_what_an_undisturbed_run_leaves(row) -> None:
+@pytest.mark.long
+def test_a_kill_leaves_what_an_undisturbed_run_leaves(row) -> None:
     attack = Attack("killed", 2, kills := row("kills, short form"), random.Random(0))
     attack.kill("writing", 1, 2)
     attack.finish()
