@@ -130,6 +130,7 @@ class Attack:
             outcome, what = "lost", f"{self.said}: {error}"
         for _ in self.said:
             self.row.count(outcome, what)
+        self.row.record()
 
 
 @pytest.mark.long
