@@ -173,8 +173,8 @@ setup() {
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
-# The processes that train. Not the launchers above them: `deepspeed` would die of a signal and leave its ranks
-# behind, and its inner launcher kills them after 30 seconds, before a large checkpoint is written.
+# The processes that train. Not the launchers above them: the inner one of `deepspeed` kills them 30 seconds after a
+# signal, before a large checkpoint is written.
 ranks() { # GROUP
     pgrep -g "$1" -f -- '--local_rank=' 2>/dev/null || echo "-$1" # none yet (or no pgrep): the whole group
 }
