@@ -28,7 +28,7 @@ from distributed_runs import (
 from ijepa_ds.engine.checkpoint_files import list_checkpoints
 from ijepa_ds.run.heartbeat import GIVEN_UP
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGQUIT", "SIGKILL")
+SIGNALS = ("SIGKILL", "SIGUSR1", "SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
 TARGETS = ("deepspeed", "launcher", "rank 0", "rank 1", "run.sh")
 
 CHILD = """
@@ -148,7 +148,7 @@ def is_there(process: psutil.Process) -> bool:
 def left_alone(target: str, name: str) -> bool:
     """Whether all ranks live on without something that started them, as DeepSpeed's launcher hands on two signals."""
     handed_on = target == "launcher" and name in ("SIGINT", "SIGTERM")
-    by_script = target == "run.sh" and name not in ("SIGKILL", "SIGQUIT")
+    by_script = target == "run.sh" and name != "SIGKILL"
     return target in ("deepspeed", "launcher", "run.sh") and not (handed_on or by_script)
 
 
@@ -159,6 +159,10 @@ def attack(target: str, name: str) -> tuple[str, str, float]:
         run.wait_until_it_trains()
         assert len(run.processes) == 4 + (target == "run.sh"), run.processes
         run.processes[target].send_signal(getattr(signal, name))
+        if (target, name) == ("run.sh", "SIGQUIT"):  # which every bash ignores
+            time.sleep(5)
+            alive = all(map(is_there, run.processes.values()))
+            return "survived" if alive else "lost", f"{name} to {target}:\n{run.output()[-3000:]}", 0.0
         seconds = run.wait()
     finally:
         run.end()
