@@ -145,6 +145,7 @@ class Heartbeat:
         """Give a sign of life, and read others', until the end."""
         end = None
         while not self._stopped.is_set():
+            leaving = self._bye  # before it is told
             try:
                 if self._closed():
                     raise dist.DistNetworkError("closed")
@@ -154,12 +155,12 @@ class Heartbeat:
             except RuntimeError:
                 self._lost = time.monotonic()
                 return
-            if self._bye:
+            if leaving:
                 end = end or time.monotonic() + _GOODBYE
                 beats = self.judge.beats.items()
                 if self.ranks.rank > 0 or all(beat.bye for rank, beat in beats if rank) or time.monotonic() > end:
                     return
-            self._wake.wait(0.05 if self._bye else self.interval)
+            self._wake.wait(0.05 if leaving else self.interval)
             self._wake.clear()
 
     def _talk(self) -> None:
