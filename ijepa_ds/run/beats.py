@@ -59,10 +59,11 @@ class Judge:
     Args:
         silence: seconds after which a silent process counts as dead.
         quick: the same where a connection has broken off: somebody has died, and it is only to be found who.
+        own: the rank of the judge, who is not silent.
     """
 
-    def __init__(self, silence: float, quick: float) -> None:
-        self.silence, self.quick = silence, quick
+    def __init__(self, silence: float, quick: float, own: int = 0) -> None:
+        self.silence, self.quick, self.own = silence, quick, own
         self.beats: dict[int, Beat] = {}
         self._changed: dict[int, float] = {}
         self._broken_since: float | None = None
@@ -84,7 +85,8 @@ class Judge:
     def silent(self, now: float) -> list[int]:
         """The ranks that count as dead."""
         limit = self.silence if self._broken_since is None else self.quick
-        return [r for r, beat in self.beats.items() if not beat.bye and now - self._changed[r] > limit]
+        late = [rank for rank in self.beats if rank != self.own and now - self._changed[rank] > limit]
+        return [rank for rank in late if not self.beats[rank].bye]
 
     def verdict(self, now: float) -> str | None:
         """Why the run cannot go on, if it cannot."""

@@ -51,7 +51,7 @@ class Heartbeat:
     def __init__(self, meeting: Meeting, silence: float) -> None:
         self.ranks, self.node, self.silence = meeting.ranks, meeting.node, silence
         self.interval = min(_INTERVAL, max(0.2, silence / 30))
-        self.judge = Judge(silence, quick=4 * self.interval + 1)
+        self.judge = Judge(silence, quick=4 * self.interval + 1, own=self.ranks.rank)
         self.failure = ""  # why the run ends: the first that was said
         self._count, self._broken, self._bye, self._begun = 0, False, False, False
         self._own_failure: str | None = None  # what this process gives as the reason, and when it did

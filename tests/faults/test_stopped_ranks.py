@@ -89,7 +89,7 @@ def test_stopped_ranks_are_noticed(row, silence) -> None:
         seconds, output, ranks = stop(rank, ijepa__run__silence_seconds=silence)
         said = [line for line in output.splitlines() if " leaves (" in line]
         node = socket.gethostname()
-        expected = f"s from rank {rank} on {node} (it was in a step, after step "
+        expected = f"s from rank {rank} on {node} (it was "  # in a step, or waiting for a batch
         stopped.figures[f"s until rank {1 - rank} had left"] = round(seconds or -1, 1)
         what = f"{seconds} s, {ranks.exit_codes}\n{ranks.outputs()}"
         if seconds is None:
