@@ -187,7 +187,8 @@ def _start(function: Callable, arguments: tuple, environment: dict[str, str], ou
     before = dict(os.environ)
     path = f"{ROOT}{os.pathsep}{TESTS}"
     # The server is started by the first process, with this environment.
-    os.environ.update({**command_environment(), "PYTHONPATH": path, "IJEPA_DS_TESTS": str(FOLDER)})
+    added = {"PYTHONPATH": path, "IJEPA_DS_TESTS": str(FOLDER), "TORCH_CPP_LOG_LEVEL": "ERROR"}  # the last as run.py
+    os.environ.update({**command_environment(), **added})
     try:
         process = _server().Process(target=_child, args=(function, arguments, environment, str(output)))
         process.start()

@@ -16,33 +16,21 @@ OLDEST = 20.0  # seconds that a process may be there after its run was broken
 
 
 class Ranks:
-    """The processes of one run.
+    """Processes that have met as one run.
 
     Args:
-        config: of the run, as it would stand in a file.
+        function: what each does.
+        arguments: of it.
         world_size: number of ranks.
-        prepare: is called in each rank before it trains, to patch something.
     """
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        world_size: int,
-        prepare: Callable[[], None] | None = None,
-        **environment: str,
-    ) -> None:
-        train_beton()
+    def __init__(self, function: Callable[..., object], arguments: tuple, world_size: int) -> None:
         folder = FOLDER / f"ranks_{time.monotonic_ns()}"
         folder.mkdir()
         self.files = [folder / str(rank) for rank in range(world_size)]
-        port, path = free_port(), write_config(config)
+        port = free_port()
         self.processes = [
-            _start(
-                _train,
-                (str(path), prepare),
-                {**rank_environment(rank, world_size, port), **environment},
-                self.files[rank],
-            )
+            _start(function, arguments, rank_environment(rank, world_size, port), self.files[rank])
             for rank in range(world_size)
         ]
 
@@ -60,10 +48,10 @@ class Ranks:
         if self.processes[rank].exitcode is None:
             os.kill(self.processes[rank].pid, number)
 
-    def wait_for(self, text: str, seconds: float = 600.0) -> None:
-        """Until a rank has printed ``text``."""
+    def wait_for(self, text: str, *ranks: int, seconds: float = 600.0) -> None:
+        """Until one of these ranks (none: of all) has printed ``text``."""
         end = time.monotonic() + seconds
-        while not any(text in self.output(rank) for rank in range(len(self.files))):
+        while not any(text in self.output(rank) for rank in ranks or range(len(self.files))):
             assert time.monotonic() < end and self.alive(), f"no {text!r}:\n{self.outputs()[-2000:]}"
             time.sleep(0.02)
 
@@ -98,6 +86,12 @@ class Ranks:
     def outputs(self) -> str:
         """What each has printed."""
         return "\n".join(f"-- rank {rank}:\n{self.output(rank)}" for rank in range(len(self.files)))
+
+
+def training(config: dict[str, Any], world_size: int, prepare: Callable[[], None] | None = None) -> Ranks:
+    """Ranks that train; ``prepare`` is called in each before, to patch something."""
+    train_beton()
+    return Ranks(_train, (str(write_config(config)), prepare), world_size)
 
 
 def attacked_config(name: str, folder: Path = FOLDER / "attacked", **changes: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attacked_runs import OLDEST, Ranks, attacked_config
+from attacked_runs import OLDEST, attacked_config, training
 from conftest import Row
 from distributed_runs import assert_same_tensors, checkpoint_tensors, once, read_rows, run_folder
 
@@ -80,7 +80,7 @@ def undisturbed(world_size: int) -> tuple[list[float], dict, float]:
     """(losses, the last checkpoint, seconds from start to end)."""
     config = attacked_config(f"undisturbed_{world_size}")
     began = time.monotonic()
-    with Ranks(config, world_size) as ranks:
+    with training(config, world_size) as ranks:
         assert ranks.wait(600) is not None and set(ranks.exit_codes) == {0}, ranks.outputs()
     folder = run_folder(config)
     losses = [row["loss"] for row in read_rows(folder)]
@@ -98,7 +98,7 @@ class Attack:
         """Start the run, kill one rank at a moment (None: at a random one), and wait until the others have left."""
         what = f"{self.config['ijepa']['run']['name']}: {moment or 'at random'}, rank {rank}, call {call}"
         prepare = None if moment is None else functools.partial(die_at, moment, rank, call)
-        with Ranks(self.config, self.world_size, prepare) as ranks:
+        with training(self.config, self.world_size, prepare) as ranks:
             if moment is None:
                 time.sleep(self.draw.uniform(0, undisturbed(self.world_size)[2]))
                 ranks.send(rank, signal.SIGKILL)
@@ -108,14 +108,14 @@ class Attack:
         self.row.figures[longest] = round(max(self.row.figures.get(longest, 0.0), seconds or OLDEST), 1)
         if seconds is None:
             self.row.count("hung", f"{what}\n{ranks.outputs()}")
-        elif "Traceback" in ranks.outputs() or "gloo" in ranks.outputs():
+        elif any(word in ranks.outputs() for word in ("Traceback", "gloo", "frame #")):
             self.row.count("traceback", f"{what}\n{ranks.outputs()}")
         else:
             self.said.append(what)
 
     def finish(self) -> None:
         """Let it go on to the end: was anything lost?"""
-        with Ranks(self.config, self.world_size) as ranks:
+        with training(self.config, self.world_size) as ranks:
             ended = ranks.wait(600) is not None and set(ranks.exit_codes) == {0}
         losses, tensors, _ = undisturbed(self.world_size)
         folder = run_folder(self.config)

@@ -176,7 +176,7 @@ def attack(target: str, name: str) -> tuple[str, str, float]:
         return "lost", what, seconds
     for checkpoint in checkpoints:
         checkpoint_tensors(run_folder(run.config), int(checkpoint.name.removeprefix("step_")))
-    if "gloo" in output or 'ijepa_ds/train.py", line' in output:  # DeepSpeed's own launchers have theirs
+    if any(word in output for word in ("gloo", "frame #", 'ijepa_ds/train.py", line')):  # launchers have tracebacks
         return "traceback", what, seconds
     if left_alone(target, name) and "has ended: its processes save and leave" not in output:
         return "silent", what, seconds

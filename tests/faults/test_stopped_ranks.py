@@ -8,12 +8,13 @@ import socket
 import time
 
 import pytest
-from attacked_runs import OLDEST, Ranks, attacked_config
+from attacked_runs import OLDEST, Ranks, attacked_config, training
 from distributed_runs import FOLDER, run_folder
 
 from ijepa_ds.engine.checkpoint_files import list_checkpoints
+from ijepa_ds.meeting import join, own_ranks
 from ijepa_ds.run.beats import Beat, Judge
-from ijepa_ds.run.heartbeat import GIVEN_UP
+from ijepa_ds.run.heartbeat import GIVEN_UP, Heartbeat
 
 LONG_RUN = {"ijepa__optimization__epochs": 300}
 
@@ -67,10 +68,55 @@ def test_a_slow_read_is_reported_once() -> None:
     assert judge.reports() == []
 
 
+def beat(silence: float, failing: int | None) -> None:
+    """What a rank does that trains for long; ``failing`` has an error."""
+    with Heartbeat(join(), silence):
+        print("beats", flush=True)
+        time.sleep(1.0)
+        if own_ranks().rank == failing:
+            raise ValueError("something is wrong")
+        time.sleep(60)
+
+
+def test_who_is_stopped_is_left_and_leaves_when_it_is_woken() -> None:
+    with Ranks(beat, (2.0, None), 2) as ranks:
+        for rank in (0, 1):
+            ranks.wait_for("beats", rank)
+        time.sleep(0.5)  # until they have heard of each other
+        ranks.send(1, signal.SIGSTOP)
+        assert ranks.wait(OLDEST, 0) is not None
+        ranks.send(1, signal.SIGCONT)
+        assert ranks.wait(OLDEST, 1) is not None
+    node = socket.gethostname()
+    assert ranks.exit_codes == [GIVEN_UP, GIVEN_UP]
+    assert f"no sign of life for 2 s from rank 1 on {node} (it was starting, before its first step)" in ranks.output(0)
+    assert ranks.output(0).count(" leaves ") == ranks.output(1).count(" leaves") == 1, ranks.outputs()
+
+
+def test_a_rank_0_that_is_killed_is_missed() -> None:
+    with Ranks(beat, (2.0, None), 2) as ranks:
+        for rank in (0, 1):
+            ranks.wait_for("beats", rank)
+        time.sleep(0.5)
+        ranks.send(0, signal.SIGKILL)
+        assert ranks.wait(OLDEST) is not None
+    assert ranks.exit_codes == [-signal.SIGKILL, GIVEN_UP]
+    said = f"rank 0's store is gone; rank 0 on {socket.gethostname()} was starting, before its first step\n"
+    assert ranks.output(1).endswith(said) and ranks.output(1).count("\n") == 2, ranks.outputs()
+
+
+def test_the_error_of_one_is_a_line_of_the_other() -> None:
+    with Ranks(beat, (20.0, 1), 2) as ranks:
+        assert ranks.wait(OLDEST) is not None
+    assert ranks.exit_codes == [GIVEN_UP, 1]
+    assert ranks.output(0).endswith(f": rank 1 on {socket.gethostname()}: ValueError: something is wrong\n")
+    assert "Traceback" in ranks.output(1) and "Traceback" not in ranks.output(0), ranks.outputs()
+
+
 def stop(rank: int, **changes: object) -> tuple[float | None, str, Ranks]:
     """Stop a rank of two in the middle of a run: (seconds until the other had left, its output, all)."""
     config = attacked_config(f"stopped_{rank}", **{**LONG_RUN, **changes})
-    with Ranks(config, 2) as ranks:
+    with training(config, 2) as ranks:
         ranks.wait_for(" 5/1200")
         ranks.send(rank, signal.SIGSTOP)
         seconds = ranks.wait(config["ijepa"]["run"]["silence_seconds"] + OLDEST, 1 - rank)
@@ -94,7 +140,7 @@ def test_stopped_ranks_are_noticed(row, silence) -> None:
         what = f"{seconds} s, {ranks.exit_codes}\n{ranks.outputs()}"
         if seconds is None:
             stopped.count("hung", what)
-        elif "Traceback" in ranks.outputs() or "gloo" in ranks.outputs():
+        elif any(word in ranks.outputs() for word in ("Traceback", "gloo", "frame #")):
             stopped.count("traceback", what)
         elif len(said) == 1 and expected in said[0] and ranks.exit_codes == [GIVEN_UP, GIVEN_UP]:
             stopped.count("survived")
@@ -159,7 +205,7 @@ def read_no_more() -> None:
 )
 def test_an_error_of_one_rank_is_said_once_by_the_other(row, prepare, error) -> None:
     errors = row(f"{error.partition(':')[0]} on one rank")
-    with Ranks(attacked_config(error.partition(":")[0], **LONG_RUN), 2, prepare) as ranks:
+    with training(attacked_config(error.partition(":")[0], **LONG_RUN), 2, prepare) as ranks:
         ranks.wait_for_an_end()
         seconds = ranks.wait(OLDEST)
     errors.figures["s until the other had left"] = round(seconds or -1, 1)
@@ -179,7 +225,7 @@ def test_an_error_of_one_rank_is_said_once_by_the_other(row, prepare, error) -> 
 @pytest.mark.long
 def test_a_loader_that_is_stuck_is_said_before_it_is_ended(row) -> None:
     loaders = row("a loader stuck in a read on one rank")
-    with Ranks(attacked_config("stuck_loader", **LONG_RUN), 2, read_no_more) as ranks:
+    with training(attacked_config("stuck_loader", **LONG_RUN), 2, read_no_more) as ranks:
         ranks.wait_for("s, after step 2; the run ends after 25 s")
         began = time.monotonic()
         ended = ranks.wait(25 + OLDEST)
