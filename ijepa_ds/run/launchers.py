@@ -34,7 +34,7 @@ class Launchers:
 
     def __init__(self, process: psutil.Process, starter: int | None = None) -> None:
         parents = process.parents()
-        names = [_name(_command(parent)) for parent in parents]
+        names = [program_of(_command(parent)) for parent in parents]
         length = next((i for i, name in enumerate(names) if name not in _PROGRAMS), len(names))
         length = max([length, *(i + 1 for i, parent in enumerate(parents) if parent.pid == starter)])
         self.names = names[:length]
@@ -88,9 +88,9 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def _name(command: Sequence[str]) -> str:
+def program_of(command: Sequence[str]) -> str:
     """The program of a command line: the script or module, where it is a Python."""
     program, *rest = [os.path.basename(word) for word in command] or [""]
     if program.startswith("python"):
         program = next((word for word in rest if not word.startswith("-")), program)
-    return program
+    return program.partition(":")[0]  # SLURM's says more of itself

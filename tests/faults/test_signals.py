@@ -27,6 +27,7 @@ from distributed_runs import (
 
 from ijepa_ds.engine.checkpoint_files import list_checkpoints
 from ijepa_ds.run.heartbeat import GIVEN_UP
+from ijepa_ds.run.launchers import program_of
 
 SIGNALS = ("SIGKILL", "SIGUSR1", "SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
 TARGETS = ("deepspeed", "launcher", "rank 0", "rank 1", "run.sh")
@@ -45,6 +46,22 @@ with open(sys.argv[1] + "/ready", "w") as file:
 time.sleep(60)
 """
 STARTER = "import subprocess, sys; subprocess.Popen([sys.executable, sys.argv[1], sys.argv[2]]).wait()"
+
+
+@pytest.mark.parametrize(
+    ("command", "program"),
+    [
+        (["/venv/bin/python", "/venv/bin/deepspeed", "run.py"], "deepspeed"),
+        (["/venv/bin/python3.11", "-u", "-m", "deepspeed.launcher.launch", "--x"], "deepspeed.launcher.launch"),
+        (["slurmstepd: [1234.0]"], "slurmstepd"),
+        (["/usr/bin/mpirun", "-n", "2", "python", "run.py"], "mpirun"),
+        (["bash", "-c", "deepspeed run.py"], "bash"),
+        (["nano", "deepspeed"], "nano"),
+        ([], ""),
+    ],
+)
+def test_what_a_command_line_starts(command, program) -> None:
+    assert program_of(command) == program
 
 
 def appears(path: Path, seconds: float) -> bool:
