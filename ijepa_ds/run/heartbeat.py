@@ -57,6 +57,7 @@ class Heartbeat:
         self._own_failure: str | None = None  # what this process gives as the reason, and when it did
         self._told_at, self._posted = 0.0, False
         self._told, self._wake, self._stopped = threading.Event(), threading.Event(), threading.Event()
+        self._known = threading.Event()  # the first beat has been given: from here on this process is missed
         self._deciding = threading.Event()  # the main thread has had an error, and says itself what comes of it
         self._leaving = threading.Lock()
         self._heard = 0  # rank 0: how many know of the failure
@@ -73,6 +74,8 @@ class Heartbeat:
         for target in targets:
             self._threads.append(threading.Thread(target=target, name=f"heartbeat{target.__name__}", daemon=True))
             self._threads[-1].start()
+        if not self.ranks.alone:
+            self._known.wait(self.judge.quick)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -150,10 +153,12 @@ class Heartbeat:
                 if self._closed():
                     raise dist.DistNetworkError("closed")
                 self._talk()
+                self._known.set()
             except dist.DistStoreError:  # not answered in time: what follows from it is for the other thread
                 pass
             except RuntimeError:
                 self._lost = time.monotonic()
+                self._known.set()
                 return
             if leaving:
                 end = end or time.monotonic() + _GOODBYE

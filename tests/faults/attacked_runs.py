@@ -1,4 +1,4 @@
-"""Runs that are attacked while they train: their processes end by themselves or not at all, no launcher helps."""
+"""Runs that are attacked while they train, and processes of a run that do not even train."""
 
 from __future__ import annotations
 
@@ -63,6 +63,12 @@ class Ranks:
                 return None
             time.sleep(0.02)
         return time.monotonic() - began
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM to those that are left, a second after the first has ended: as DeepSpeed's launcher does."""
+        time.sleep(1.0)
+        for rank in self.alive():
+            self.send(rank, signal.SIGTERM)
 
     def wait_for_an_end(self, seconds: float = 600.0) -> None:
         """Until one of them has ended."""

@@ -103,6 +103,8 @@ class Attack:
                 time.sleep(self.draw.uniform(0, undisturbed(self.world_size)[2]))
                 ranks.send(rank, signal.SIGKILL)
             ranks.wait_for_an_end()
+            if set(ranks.exit_codes) - {0, None}:  # before ranks have met, nobody else knows that one has come
+                ranks.ask_to_stop()
             seconds = ranks.wait(OLDEST)
         longest = "longest s until the others had left"
         self.row.figures[longest] = round(max(self.row.figures.get(longest, 0.0), seconds or OLDEST), 1)
