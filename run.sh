@@ -174,8 +174,8 @@ setup() {
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
-# The processes that train. Not the launchers above them: `deepspeed` would die of a signal and leave its ranks
-# behind, and its inner launcher kills them after 30 seconds, before a large checkpoint is written.
+# The processes that train. Not the launchers above them: the inner one of `deepspeed` kills them 30 seconds after a
+# signal, before a large checkpoint is written.
 ranks() { # GROUP
     pgrep -g "$1" -f -- '--local_rank=' 2>/dev/null || echo "-$1" # none yet (or no pgrep): the whole group
 }
@@ -247,6 +247,7 @@ main() {
         convert) exec "$python" "$root/data_prep/to_ffcv.py" "$@" ;;
         pretrain)
             read -ra launcher_args <<<"${DEEPSPEED_ARGS:-}"
+            export IJEPA_STARTER=$$ # the ranks leave when this script is gone
             run_group deepspeed "${launcher_args[@]}" "$root/run.py" "$@"
             ;;
         evaluate) exec "$python" -m ijepa_ds evaluate "$@" ;;

@@ -97,6 +97,9 @@ class RunConfig(Checked):
     stop_after_steps: Count | None = changeable_on_resume(
         None, "end after so many, with a checkpoint; the schedules keep their length"
     )
+    silence_seconds: float = changeable_on_resume(
+        60.0, "a process that gives no sign of life for so long counts as dead, and all others leave", ge=5, le=86400
+    )
     deterministic: bool = changeable_on_resume(
         False, "the same bits again on the same GPUs, also after a resume; slower. A CPU always gives them"
     )

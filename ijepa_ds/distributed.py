@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from ijepa_ds.activity import LONG_SECONDS, STEP_SECONDS, doing
 
 Value = TypeVar("Value")
 
@@ -42,6 +47,42 @@ def barrier(process: Process) -> None:
     """Wait for all processes."""
     if process.world_size > 1:
         dist.barrier(group=process.control)
+
+
+# The heartbeat, which has a sentence for it, speaks before a collective gives up.
+_MARGIN = 60.0
+STEP_PATIENCE = timedelta(seconds=STEP_SECONDS + _MARGIN)
+_LONG_PATIENCE = timedelta(seconds=LONG_SECONDS + _MARGIN)
+
+
+def set_patience(group: dist.ProcessGroup, patience: timedelta) -> None:
+    """How long collectives of a group that begin from now on wait for the slowest process."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # by its older name
+    set_timeout(patience, group)
+
+
+def limit_all_groups() -> None:
+    """Give every group there is the patience of a step; DeepSpeed's own have torch's default."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        set_patience(group, STEP_PATIENCE)
+
+
+@contextlib.contextmanager
+def patiently(what: str, process: Process) -> Iterator[None]:
+    """Around what takes long on one process, while the others wait at the end of it; all processes call this together.
+
+    So no collective of a step, which has less patience, waits for it. ``what``: in words.
+    """
+    with doing(what, limit=LONG_SECONDS):
+        if process.world_size == 1 or process.control is None:
+            yield
+            return
+        set_patience(process.control, _LONG_PATIENCE)
+        try:
+            yield
+            barrier(process)
+        finally:
+            set_patience(process.control, STEP_PATIENCE)
 
 
 def from_main(value: Value, process: Process) -> Value:

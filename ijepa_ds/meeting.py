@@ -87,8 +87,7 @@ class Meeting:
         self.address, self.master = self._route()
         store = self._connect()
         store.set_timeout(timedelta(seconds=self.patience))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives its processes
-        self.store = dist.PrefixStore(f"ijepa_{attempt}", store)
+        self.store = _of_this_attempt(store)
         if self.store.add(f"came_{ranks.rank}", 1) > 1:
             self.store.set("twice", f"{ranks.rank} {self.node}")
             self._leave_when_told("start")
@@ -158,6 +157,19 @@ class Meeting:
                 if len(nodes) > 1:
                     counts = some(f"{count} on {node}" for node, count in nodes.items())
                     print(f"{self.ranks.world_size} processes, {counts}; rank 0 is {self.node}", flush=True)
+
+    def second_line(self, timeout: float) -> tuple[dist.Store, socket.socket]:
+        """Another connection to the store, for another thread: one waits until a request on it is answered.
+
+        The socket beside it is never written to: the end of the store can be read from it, without a request that
+        would fail and fill the console. ``timeout``: seconds of a request.
+        """
+        place = self.ranks.master, self.ranks.port
+        try:
+            store = dist.TCPStore(*place, None, False, timedelta(seconds=timeout), wait_for_workers=False)
+            return _of_this_attempt(store), socket.create_connection(place, timeout=self.patience)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"node {self.node}: rank 0 has gone ({str(error).splitlines()[0]})") from None
 
     # ------------------------------------------------------------------------------------------------- how it is done
 
@@ -286,6 +298,11 @@ class Meeting:
         except dist.DistError as error:
             _let_the_first_of_a_node_speak(self.ranks)
             raise UserError(f"node {self.node}: rank 0 has gone ({str(error).splitlines()[0]})") from None
+
+
+def _of_this_attempt(store: dist.Store) -> dist.PrefixStore:
+    """Torchrun's store outlives its processes."""
+    return dist.PrefixStore(f"ijepa_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def disagreement(cards: dict[int, Card], world_size: int) -> str | None:

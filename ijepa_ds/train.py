@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ijepa_ds import activity
 from ijepa_ds.build import (
     autocast_dtype,
     build_ijepa,
@@ -37,7 +38,7 @@ from ijepa_ds.config import Config, load_config
 from ijepa_ds.data.beton import Dataset, inspect_dataset
 from ijepa_ds.data.file_set import files_of
 from ijepa_ds.data.pretraining_loader import Batch, PretrainingLoader
-from ijepa_ds.distributed import Process, Votes
+from ijepa_ds.distributed import Process, Votes, limit_all_groups, patiently
 from ijepa_ds.engine.checkpoint import load_newest
 from ijepa_ds.engine.stages import Cut, Stages
 from ijepa_ds.engine.trainable import Outcome, ShardedTrainable, Trainable
@@ -50,8 +51,10 @@ from ijepa_ds.hardware import bf16_warning, peak_flops, set_numerics
 from ijepa_ds.meeting import join, own_ranks
 from ijepa_ds.method.masks import MaskSampler, ReferenceSampler, default_context_tokens
 from ijepa_ds.method.schedules import Hyperparameters
+from ijepa_ds.run import launchers
 from ijepa_ds.run.agreement import agree_on_run
 from ijepa_ds.run.folder import RunFolder
+from ijepa_ds.run.heartbeat import GIVEN_UP, Heartbeat
 from ijepa_ds.run.loss_guard import LossGuard
 from ijepa_ds.run.losses import LossWindow
 from ijepa_ds.run.meter import Meter
@@ -74,8 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
         checked = check_before_building(config)
     except UserError as error:
         join().leave(error)
-    train(config, *checked)
-    return 0
+    with Heartbeat(join(), config.ijepa.run.silence_seconds):
+        train(config, *checked)
+    return GIVEN_UP if launchers.ended() else 0
 
 
 def check_before_building(config: Config) -> tuple[Dataset, MaskSampler]:
@@ -156,6 +160,7 @@ def build_trainable(config: Config, process: Process) -> Zero | Stages:
         cut = Cut(split_layers(layer_costs(config), stages), same_shapes=is_multiblock(config))
         trainable = Stages(build_ijepa(config), build_target(config), process, cut=cut, **settings)
     trainable.batches_at_once = micro_batches_at_once(config, process)
+    limit_all_groups()
     return trainable
 
 
@@ -185,7 +190,8 @@ class Run:
         self.folder = RunFolder(config)
         self.record = self.folder.prepare(config, loader.dataset.num_samples) if process.is_main else {}
         # Before the log is opened, of which only what comes before this step stays.
-        self.loaded = load_newest(self.folder.checkpoints, trainable.state(), process)
+        with patiently("reading a checkpoint", process):
+            self.loaded = load_newest(self.folder.checkpoints, trainable.state(), process)
         first_step = 0 if self.loaded is None else self.loaded.step
         self.monitor = Monitor(
             self.folder.path,
@@ -224,6 +230,7 @@ class Run:
         gc.collect()
         gc.freeze()
         gc.disable()
+        activity.steps_done(0 if self.loaded is None else self.loaded.step)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -258,6 +265,7 @@ class Run:
     def after_step(self, step: int, now: Hyperparameters, outcome: Outcome) -> bool:
         """Log, draw, evaluate and save what is due after ``step`` steps; true where the run must end here."""
         assert self._batch is not None  # a step has micro-batches
+        activity.steps_done(step)
         self.meter.step_done()
         self.losses.add(step, outcome)
         self._outcome, last = outcome, step == self.last_step
@@ -277,13 +285,16 @@ class Run:
 
     def finish(self, step: int) -> None:
         """The last checkpoint, and the exported target encoder where the run is complete."""
-        self.saver.finish()
+        with patiently("saving a checkpoint", self.process):
+            self.saver.finish()
         if step != self.saver.tried_step:
             self._save(step, wait=True)
         newest = self.folder.newest_checkpoint() if self.process.is_main else None
-        if step >= self.total_steps and newest is not None:
-            path = export_timm(newest, self.config, self.folder.export)
-            self.monitor.say(f"the target encoder, for timm: {path}")
+        if step >= self.total_steps:
+            with patiently("exporting the target encoder", self.process):
+                if newest is not None:
+                    path = export_timm(newest, self.config, self.folder.export)
+                    self.monitor.say(f"the target encoder, for timm: {path}")
         if step >= self.last_step:
             self.monitor.say(
                 f"done: {step} steps, in {self.folder.path}; "
@@ -291,7 +302,8 @@ class Run:
             )
 
     def _save(self, step: int, *, wait: bool) -> None:
-        self.saver.save(step, self.trainable.state(), self._outcome, wait=wait)
+        with patiently("saving a checkpoint", self.process):
+            self.saver.save(step, self.trainable.state(), self._outcome, wait=wait)
 
     def _log(self, step: int, now: Hyperparameters, outcome: Outcome, batch: Batch) -> None:
         gc.collect()

@@ -32,7 +32,14 @@ TESTS = ROOT / "tests"
 NUM_IMAGES = 67  # 4 steps of 16 images an epoch, three images left over
 GLOBAL_BATCH = 16
 PATIENCE = 1800.0  # seconds until something is taken to hang: a slow machine must not meet it
-_PRELOADED = ["torch", "deepspeed", "ijepa_ds.train", "ijepa_ds.evaluation.command", "torch.utils.tensorboard"]
+_PRELOADED = [
+    "torch",
+    "deepspeed",
+    "ijepa_ds.train",
+    "ijepa_ds.evaluation.command",
+    "torch.utils.tensorboard",
+    "deepspeed.runtime.zero.muon.original_muon",
+]
 
 if "IJEPA_DS_TESTS" in os.environ:  # in one of the processes started here
     FOLDER = Path(os.environ["IJEPA_DS_TESTS"])
@@ -180,7 +187,8 @@ def _start(function: Callable, arguments: tuple, environment: dict[str, str], ou
     before = dict(os.environ)
     path = f"{ROOT}{os.pathsep}{TESTS}"
     # The server is started by the first process, with this environment.
-    os.environ.update({**command_environment(), "PYTHONPATH": path, "IJEPA_DS_TESTS": str(FOLDER)})
+    added = {"PYTHONPATH": path, "IJEPA_DS_TESTS": str(FOLDER), "TORCH_CPP_LOG_LEVEL": "ERROR"}  # the last as run.py
+    os.environ.update({**command_environment(), **added})
     try:
         process = _server().Process(target=_child, args=(function, arguments, environment, str(output)))
         process.start()

@@ -30,6 +30,7 @@ from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.pipeline_spec import PipelineSpec
 from ffcv.pipeline.state import State
 
+from ijepa_ds.activity import doing
 from ijepa_ds.data.beton import Dataset, Tables
 from ijepa_ds.data.crops import is_flipped, mirror
 from ijepa_ds.data.mapped_files import map_files
@@ -198,9 +199,10 @@ class _Traversal(EpochIterator):
     """
 
     error: BaseException | None = None
+    loading: Request | None = None  # what the thread is at
 
-    def __init__(self, loader: FFCVLoader, requests: Iterator[Request]) -> None:
-        self.requests = requests
+    def __init__(self, loader: FFCVLoader, requests: Iterator[Request], dataset: Dataset) -> None:
+        self.requests, self.dataset = requests, dataset
         super().__init__(loader, order=())  # starts the thread
 
     def run(self) -> None:
@@ -215,16 +217,12 @@ class _Traversal(EpochIterator):
 
     def run_pipeline(self, position: int, request: Request, *slot_and_event) -> tuple[Request, tuple]:
         """A batch, with the request that it answers."""
+        self.loading = request
         return request, super().run_pipeline(position, request.keys, *slot_and_event)
 
     def __next__(self) -> tuple[Request, tuple]:
-        while True:
-            try:
-                result = self.output_queue.get(timeout=_STALL_SECONDS)
-                break
-            except queue.Empty:
-                if not self.is_alive() and self.output_queue.empty():
-                    raise LoaderError(f"the loading thread died: {self.error!r}") from self.error
+        with doing("waiting for a batch", own=True, detail=self.describe_files):
+            result = self._wait_for_result()
         if result is None:
             self.close()
             raise StopIteration
@@ -232,6 +230,21 @@ class _Traversal(EpochIterator):
         if torch.cuda.is_available():
             self.current_stream.wait_stream(self.cuda_streams[slot])
         return answer
+
+    def _wait_for_result(self) -> tuple | None:
+        while True:
+            try:
+                return self.output_queue.get(timeout=_STALL_SECONDS)
+            except queue.Empty:
+                if not self.is_alive() and self.output_queue.empty():
+                    raise LoaderError(f"the loading thread died: {self.error!r}") from self.error
+
+    def describe_files(self) -> str:
+        """From which files the batch under way comes."""
+        request = self.loading
+        if request is None:
+            return ""
+        return f"from {some(sorted({self.dataset.locate(int(sample))[0] for sample in request.samples}), shown=3)}"
 
     def close(self) -> None:
         """Let the thread end, which may be waiting for room in the queue."""
@@ -265,7 +278,7 @@ class Pipeline:
 
     def __init__(self, dataset: Dataset, pipelines: dict[str, PipelineSpec], *, batch_size: int, num_workers: int):
         hide_finalizers_of_numba()
-        self.batch_size = batch_size
+        self.dataset, self.batch_size = dataset, batch_size
         most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
         self.num_workers = max(1, min(num_workers, most))
         tables = Tables(dataset)
@@ -288,7 +301,7 @@ class Pipeline:
         """Each request of at most ``batch_size`` samples with its outputs; the loading thread draws the requests."""
         threads = torch.get_num_threads()
         Compiler.set_num_threads(self.num_workers)  # numba's number is each thread's own; FFCV sets torch's with it
-        traversal = _Traversal(self.ffcv, requests)
+        traversal = _Traversal(self.ffcv, requests, self.dataset)
         torch.set_num_threads(threads)
         try:
             for position, (request, outputs) in enumerate(traversal):

@@ -9,15 +9,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ijepa_ds.activity import LONG_SECONDS
+from ijepa_ds.distributed import STEP_PATIENCE, limit_all_groups
 from ijepa_ds.errors import UserError
 from ijepa_ds.launch import device_index
 from ijepa_ds.meeting import Card, Meeting
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
-# How long a collective waits for the slowest: DeepSpeed's limit, and that of the group in which ranks wait for what
-# rank 0 does alone. While a run starts, the meeting's patience is enough.
-_WORLD = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
-_CONTROL = timedelta(minutes=30)
 
 
 def join_groups(meeting: Meeting, device_type: str, backend: str) -> tuple[torch.device, dist.ProcessGroup]:
@@ -33,7 +31,7 @@ def join_groups(meeting: Meeting, device_type: str, backend: str) -> tuple[torch
     group: list[dist.ProcessGroup] = []
     mistake = _attempt(lambda: group.append(_make_groups(meeting, device, backend)), meeting)
     meeting.agree("groups", Card(meeting.node, mistake))
-    meeting.store.set_timeout(_CONTROL)
+    meeting.store.set_timeout(timedelta(seconds=LONG_SECONDS))
     meeting.report_nodes(os.environ.get(_INTERFACE, ""))
     return device, group[0]
 
@@ -65,14 +63,13 @@ def _make_groups(meeting: Meeting, device: torch.device, backend: str) -> dist.P
         store=dist.PrefixStore("groups", meeting.store),
         rank=ranks.rank,
         world_size=ranks.world_size,
-        timeout=patience if on_cpu else _WORLD,
+        timeout=patience if on_cpu else STEP_PATIENCE,
         device_id=device if device.type == "cuda" and not ranks.alone else None,  # as DeepSpeed gives it
     )
     control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=patience)
     assert isinstance(control, dist.ProcessGroup)
     dist.barrier(control)  # all can speak with all
-    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # by its older name
-    set_timeout(_WORLD if on_cpu else _CONTROL, control)
+    limit_all_groups()  # until here the meeting's patience was enough
     return control
 
 

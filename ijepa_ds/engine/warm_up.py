@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ijepa_ds.distributed import Process, barrier
+from ijepa_ds.distributed import Process, patiently
 from ijepa_ds.engine.trainable import ShardedTrainable
 from ijepa_ds.errors import UserError
 from ijepa_ds.method.compiled import compile_blocks
@@ -71,20 +71,24 @@ def warm_up(trainable: ShardedTrainable, shapes: Shapes, process: Process) -> No
         UserError: the largest micro-batch does not fit into the device's memory.
     """
     progress = Progress(len(shapes.target_tokens), what="shapes", name="warming up", enabled=process.is_main)
-    for done, target_tokens in enumerate(shapes.target_tokens, start=1):
-        try:
-            trainable.rehearse(_zeros(shapes, target_tokens, process.device))
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{shapes.num_images} images at once, with target blocks of {target_tokens} patches, do not fit into "
-                f"the device's memory; lower train_micro_batch_size_per_gpu ({' '.join(str(error).split())})"
-            ) from error
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"torch cannot compile the blocks here; set ijepa.compile to false ({reason})") from error
-        progress.show(done, f"target blocks of {target_tokens} patches")
+    with patiently("compiling or trying the shapes of its micro-batches", process):
+        for done, target_tokens in enumerate(shapes.target_tokens, start=1):
+            _try(trainable, shapes, target_tokens, process.device)
+            progress.show(done, f"target blocks of {target_tokens} patches")
     progress.end(len(shapes.target_tokens))
-    barrier(process)  # of the processors' group, which has more patience than the devices'
+
+
+def _try(trainable: ShardedTrainable, shapes: Shapes, target_tokens: int, device: torch.device) -> None:
+    try:
+        trainable.rehearse(_zeros(shapes, target_tokens, device))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{shapes.num_images} images at once, with target blocks of {target_tokens} patches, do not fit into "
+            f"the device's memory; lower train_micro_batch_size_per_gpu ({' '.join(str(error).split())})"
+        ) from error
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"torch cannot compile the blocks here; set ijepa.compile to false ({reason})") from error
 
 
 def _zeros(shapes: Shapes, target_tokens: int, device: torch.device) -> _Zeros:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ijepa_ds.activity import doing
 from ijepa_ds.errors import UserError
 from ijepa_ds.progress import duration
 from ijepa_ds.run.metrics_file import MetricsFile
@@ -108,7 +109,7 @@ class Monitor:
         if not self.enabled:
             return
         self._note_time(step)
-        self._guard(lambda: self._metrics.write(step, values))
+        self._save(lambda: self._metrics.write(step, values))
         for name, value in values.items():
             self._to_tensorboard("add_scalar", scalar_tag(name), value, step)
         if console:
@@ -121,7 +122,7 @@ class Monitor:
         from PIL import Image
 
         path = self.folder / "pictures" / f"{name.replace('/', '-')}_{step:08d}.png"
-        self._guard(lambda: Image.fromarray(image).save(path))
+        self._save(lambda: Image.fromarray(image).save(path))
         self._to_tensorboard("add_image", f"pictures/{name}", image, step, dataformats="HWC")
 
     def text(self, name: str, markdown: str) -> None:
@@ -138,7 +139,7 @@ class Monitor:
         """Write what is still queued for TensorBoard. May be called twice."""
         if self.enabled and self._writer is not None:
             writer, self._writer = self._writer, None
-            self._guard(writer.close)
+            self._save(writer.close)
 
     def seconds_left(self, step: int) -> float | None:
         """Estimate at the recent rate; None while there is no interval to go by.
@@ -173,8 +174,13 @@ class Monitor:
 
         Its own thread does the writing, dies of that error and raises it again at every later call.
         """
-        if self._writer is not None and not self._guard(lambda: getattr(self._writer, method)(*args, **kwargs)):
+        if self._writer is not None and not self._save(lambda: getattr(self._writer, method)(*args, **kwargs)):
             self._writer = None
+
+    def _save(self, write: Callable[[], object]) -> bool:
+        """Run ``write``, which needs the folder's disk: not the console, which may be held up by who reads it."""
+        with doing(f"writing its log to {self.folder}", own=True):
+            return self._guard(write)
 
     def _guard(self, write: Callable[[], object]) -> bool:
         """Run ``write``; false where the disk refused it, which is said once."""

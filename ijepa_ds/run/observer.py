@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ijepa_ds.config import MonitorConfig
-from ijepa_ds.distributed import Process
+from ijepa_ds.distributed import Process, patiently
 from ijepa_ds.engine.trainable import Batch
 from ijepa_ds.run.health import health
 from ijepa_ds.run.monitor import Monitor
@@ -48,14 +48,18 @@ class Observer:
 
     def after_step(self, step: int, batch: Batch, features: Features, *, last: bool) -> None:
         """Show what is due after ``step`` steps, of the last micro-batch; all processes call this together."""
-        health_steps, picture_steps = self.settings.health_steps, self.settings.picture_steps
-        if self.process.is_main and is_due(step, health_steps, last):
-            self.monitor.scalars(step, health(features(batch.images[:HEALTH_IMAGES])))
-        first_picture = picture_steps > 0 and step == 1
-        if self.process.is_main and (first_picture or is_due(step, picture_steps, last)):
-            self._draw(step, batch, features)
-        if self.probe.due(step, self.steps_per_epoch, last):
-            self.monitor.scalars(step, self.probe.accuracy(features))
+        healthy = is_due(step, self.settings.health_steps, last)
+        drawn = is_due(step, self.settings.picture_steps, last) or (self.settings.picture_steps > 0 and step == 1)
+        probed = self.probe.due(step, self.steps_per_epoch, last)
+        if not (healthy or drawn or probed):
+            return
+        with patiently("looking at its features", self.process):  # rank 0, for the most part
+            if self.process.is_main and healthy:
+                self.monitor.scalars(step, health(features(batch.images[:HEALTH_IMAGES])))
+            if self.process.is_main and drawn:
+                self._draw(step, batch, features)
+            if probed:
+                self.monitor.scalars(step, self.probe.accuracy(features))
 
     def _draw(self, step: int, batch: Batch, features: Features) -> None:
         images = batch.images[:PICTURE_IMAGES]

@@ -6,13 +6,17 @@ import signal
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an end at the next step; a second SIGINT ends at once."""
+    """These signals ask for a checkpoint and an end at the next step; a second SIGINT ends at once.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    A hang-up, which a terminal sends when it is closed, is left ignored where it is, as under ``nohup``.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        heeded = [n for n in self.SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._note) for number in heeded}
 
     def _note(self, number: int, frame: object) -> None:
         if self.requested and number == signal.SIGINT:

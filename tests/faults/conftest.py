@@ -39,12 +39,13 @@ class Row:
 
     def hold(self, tried: int) -> None:
         """Fail unless this many were tried and none of them was bad."""
-        self._record()
+        self.record()
         print(f"\n{self.experiment}: {self.tried} tried, {self.counts} {self.figures or ''}", flush=True)
         assert self.tried == tried
         assert not any(self.counts[outcome] for outcome in BAD), "\n".join(self.examples)
 
-    def _record(self) -> None:
+    def record(self) -> None:
+        """Write the row as it is, where one is asked for."""
         if not (name := os.environ.get("FAULTS_JSON")):
             return
         path = Path(name)
