@@ -435,6 +435,12 @@ def _disagreements_of_deepspeed(file: ConfigFile) -> list[str]:
             f"zero_optimization.compute_grad_norm = false does not go with stage = {zero.stage}"
             f"{' and fp32 sums of bf16 gradients' if zero.stage else ''}; leave it out"
         )
+    divides = file.prescale_gradients or file.gradient_predivide_factor not in (None, 1)
+    if zero.stage == 2 and zero.reduce_scatter and divides:
+        problems.append(
+            "prescale_gradients and gradient_predivide_factor do not go with zero_optimization.stage = 2 and its "
+            "reduce_scatter; leave them out"
+        )
     return problems
 
 

@@ -125,6 +125,8 @@ def order_reductions_on_the_device(optimizer: Any) -> None:
     from deepspeed.accelerator import get_accelerator
 
     accelerator, epilogue = get_accelerator(), optimizer.independent_gradient_partition_epilogue
+    if accelerator.current_stream() is None:
+        return  # a CPU has no streams
 
     def wait_for_stream(*_: object) -> None:
         accelerator.current_stream().wait_stream(optimizer.reduction_stream)
