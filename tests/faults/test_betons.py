@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Row
+from fault_rows import Row
 from ffcv.libffcv import imdecode
 from ffcv.reader import Reader
 from PIL import Image

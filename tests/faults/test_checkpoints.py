@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Row
+from fault_rows import Row
 from saved_states import OLD, save_as_two, taken, whole
 
 from ijepa_ds.errors import UserError

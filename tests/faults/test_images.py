@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Row
+from fault_rows import Row
 from PIL import Image
 
 from data_prep import to_ffcv

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from attacked_runs import OLDEST, attacked_config, training
-from conftest import Row
 from distributed_runs import assert_same_tensors, checkpoint_tensors, once, read_rows, run_folder
+from fault_rows import Row
 
 LAST_STEP = 12
 MOMENTS = ("meeting", "beating", "writing", "before naming", "after naming", "pruning")

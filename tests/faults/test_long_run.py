@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Row
 from distributed_runs import FOLDER, GLOBAL_BATCH, run_training, tiny_config
+from fault_rows import Row
 
 STEPS, EVERY = 20_000, 250
 SETTLED = STEPS // 5  # steps after which nothing may grow

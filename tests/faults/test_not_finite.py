@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Row
 from distributed_runs import TrainingRun, run_training, tiny_config
+from fault_rows import Row
 
 MICRO_BATCHES = 2
 FIRST = 3  # the step from which on a rank's losses are not finite

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from conftest import Row
 from distributed_runs import run_training, tiny_config
+from fault_rows import Row
 
 BATCH = 12
 PHASES = [(1, 1, 2), (2, 1, 4), (1, 1, 5), (3, 1, 7), (2, 2, 9), (1, 1, 10)]  # processes, stages, the step it ends at
