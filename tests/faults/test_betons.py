@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import random
 from collections.abc import Callable
@@ -154,3 +155,20 @@ def test_a_file_that_ends_early_is_refused(row: Callable[[str], Row], tmp_path: 
         outcome = outcome_of(source, "tables", None)
         cuts.count(outcome, f"cut {turn} of random.Random(0)")
     cuts.hold(50)
+
+
+def test_what_lies_beside_a_beton_is_missed_and_an_earlier_versions_is_enough(tmp_path: Path) -> None:
+    source = make_beton(tmp_path)
+    checksums, note = Path(f"{source}.crc32"), Path(f"{source}.json")
+    content = checksums.read_bytes()
+    for damaged, told in ((content[:-1], "is not what was written"), (None, "cannot be read (No such file")):
+        checksums.unlink() if damaged is None else checksums.write_bytes(damaged)
+        code, said = verified(source)
+        assert code == 2 and told in said and "copy that file again" in said
+    note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k != "checksums"}))
+    inspect_dataset(source)
+    code, said = verified(source)
+    assert code == 0 and "is of an earlier version, without a checksum of each image" in said
+    note.unlink()
+    inspect_dataset(source)
+    assert "is missing, so checksums are not compared" in verified(source)[1]

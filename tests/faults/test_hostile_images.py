@@ -17,7 +17,7 @@ from fault_rows import Row
 from PIL import Image
 
 from data_prep import to_ffcv
-from data_prep.images import UnreadableImage, decode_rgb
+from data_prep.images import Limits, UnreadableImage, decode_rgb
 from ijepa_ds.errors import UserError
 
 FORMATS = {
@@ -110,7 +110,7 @@ def hostile() -> dict[str, bytes]:
     return {
         "one row of 170,000,000 pixels.png": png(170_000_000, 1, bytes(1 + 3 * 1_000_000)),
         "4 gigabytes from 467 bytes.png": png(38_000, 38_000, b"", depth=1, colour=0),
-        "within the bound but not in memory.png": png(9_400, 9_400, bytes(100), depth=16, colour=6) + bytes(10),
+        "88 million pixels that are not there.png": png(9_400, 9_400, bytes(100), depth=16, colour=6) + bytes(10),
         "ten rows of a hundred.png": ten_rows_of(100),
         "no row at all.png": png(32, 32, b""),
         "ends early.jpg": short_jpeg(),
@@ -229,3 +229,23 @@ def test_limits_are_settings_and_what_is_beyond_them_ends_no_conversion(tmp_path
     assert list(left_out) == ["large.png"] and "--max-pixels" in left_out["large.png"]
     with pytest.raises(UserError, match=r"1 of 2 files could not be read \(listed above\)"):
         to_ffcv.main([str(tmp_path / "in"), str(tmp_path / "2.beton"), "--workers", "1", "--max-pixels", "5000"])
+
+
+def test_an_image_for_which_the_memory_does_not_suffice_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a worker, while it is decoded and before."""
+    from data_prep import beton_writer
+
+    decode = beton_writer.decode_rgb
+    given = {name: files()["a.png"] + bytes(number) for number, name in enumerate(("a.png", "b.png", "c.png"))}
+
+    def short(data: bytes, *arguments: object, **options: object) -> np.ndarray:
+        if len(data) == len(given["b.png"]):
+            raise MemoryError
+        return decode(data, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(beton_writer, "decode_rgb", short)
+    assert through_the_converter(tmp_path, given) == {"b.png": "there was not enough memory for it"}
+    with pytest.raises(UnreadableImage, match="about 842 MiB to decode, more than --max-memory 800"):
+        decode_rgb(png(9_400, 9_400, b"", colour=6), Limits(memory=800 << 20))
