@@ -130,7 +130,7 @@ class ModelConfig(Checked):
     width: Width | None = fixed(None, "of its tokens, instead of the named encoder's")
     depth: Few | None = fixed(None, "number of blocks, instead of the named encoder's")
     heads: Few | None = fixed(None, "attention heads, instead of the named encoder's")
-    mlp_ratio: float | None = fixed(None, "hidden width of the MLPs over `width`, likewise", ge=0.1, le=64)
+    mlp_ratio: float | None = fixed(None, "hidden width of the MLPs over `width`, likewise", ge=0.1, le=1000)
     predictor_width: Width = fixed(384, "of the predictor's tokens")
     predictor_depth: Few = fixed(12, "number of blocks")
     predictor_heads: Few | None = fixed(None, "attention heads; null: as many as the encoder has")

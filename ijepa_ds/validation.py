@@ -82,14 +82,18 @@ def check(model: type[Model], raw: object) -> tuple[Model | None, list[str]]:
         return None, [_problem(model, detail) for detail in error.errors(include_url=False)]
 
 
-def read_json(model: type[Model], path: Path, complaint: str, cure: str = "get it again") -> Model:
+def read_json(
+    model: type[Model], path: Path, complaint: str, cure: str = "get it again", *, nan: bool = False
+) -> Model:
     """Return what a JSON file holds; it is refused with all its problems, which follow ``complaint``.
+
+    ``nan``: of :func:`load_json`.
 
     Raises:
         UserError: the file cannot be read, which is followed by ``cure``, or it does not fit ``model``.
     """
     try:
-        raw = load_json(path)
+        raw = load_json(path, nan=nan)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: it is missing or damaged ({reason(error)}); {cure}") from None
     values, problems = check(model, raw)

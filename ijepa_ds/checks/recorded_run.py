@@ -129,7 +129,7 @@ def read_trace(path: Path) -> Trace:
         raise UserError(f"{path} does not exist; give the .npz of a trace") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged or not an .npz file ({error}); copy it again") from None
-    settings = read_json(Settings, path.with_suffix(".json"), "is not of a trace that can be replayed")
+    settings = read_json(Settings, path.with_suffix(".json"), "is not of a trace that can be replayed", nan=True)
     trace = Trace(path, settings, arrays)
     problems = _problems(trace)
     if problems:

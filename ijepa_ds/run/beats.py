@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from ijepa_ds.errors import some
+from ijepa_ds.validation import parse_json
 
 STUCK_FACTOR = 5  # a read is reported after one silence, and ends the run after so many
 
@@ -50,7 +51,7 @@ class Beat:
 
 def decode(text: str | bytes) -> Beat:
     """What :meth:`Beat.encode` wrote."""
-    return Beat(**json.loads(text))
+    return Beat(**parse_json(text))
 
 
 class Judge:

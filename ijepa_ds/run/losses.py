@@ -51,7 +51,7 @@ class LossWindow:
     def read(self) -> Losses:
         """All that was added since the last call. Waits for the device, and for all processes."""
         numbers = [step for step, _ in self._outcomes]
-        losses = torch.stack([outcome.losses for _, outcome in self._outcomes]).detach().double().cpu()  # [S, k]
+        losses = torch.stack([outcome.losses for _, outcome in self._outcomes]).detach().float().cpu()  # [S, k]
         applied = torch.stack([outcome.applied for _, outcome in self._outcomes]).bool().tolist()
         self._outcomes = []
         finite = losses.isfinite()

@@ -263,11 +263,14 @@ def test_a_batch_that_divides_is_accepted(world_size: int, micro_batch: int) -> 
 
 
 def refused_by_deepspeed() -> list[str]:
-    """In a rank: what DeepSpeed itself refuses arrives as one sentence."""
-    messages = []
+    """In a rank: what DeepSpeed itself refuses, though a configuration could not say it, arrives as one sentence."""
+    from ijepa_ds.engine.zero_internals import initialize
+
+    messages, config = [], build_parts(tiny_config()).config
     for changes in ({"zero_optimization": {"stage": 2, "no_such_key": 1}}, {"bf16": {"enabled": True, "wrong": 1}}):
+        module = torch.nn.Linear(2, 2)
         with pytest.raises(UserError) as error:
-            build_parts(tiny_config(**changes))
+            initialize(module, torch.optim.AdamW(module.parameters()), {**config.deepspeed, **changes})
         messages.append(str(error.value))
     return messages
 
