@@ -11,7 +11,15 @@ from planning import ROOT, make_plan
 from ijepa_ds.plan.figure import over_gpus
 from ijepa_ds.plan.predict import advice, numbers
 
-SHIPPED = {"vith14": 16, "vith16_448": 16, "vitg16_in22k": 16, "vitl16": 16, "vitb16": 8, "vits16_single_gpu": 1}
+SHIPPED = {
+    "vith14": 16,
+    "vith16_448": 16,
+    "vitg16_in22k": 16,
+    "vitl16": 16,
+    "vitb16": 8,
+    "vitb16_ep100": 8,
+    "vits16_single_gpu": 1,
+}
 
 
 @pytest.mark.parametrize(("name", "gpus"), SHIPPED.items())
