@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-# Seconds that the processes wait for each other in a step: DeepSpeed's limit, in minutes.
-STEP_SECONDS = 60.0 * int(os.environ.get("DEEPSPEED_TIMEOUT", "10"))
+# Seconds that the processes wait for each other in a step: DeepSpeed's limit, in minutes; see ijepa_ds.launch.
+_minutes = os.environ.get("DEEPSPEED_TIMEOUT", "")
+STEP_SECONDS = 60.0 * int(_minutes if _minutes.isdecimal() else "10")
 # Seconds of what takes longer on one process than on others: what rank 0 does alone, a save, compilation.
 LONG_SECONDS = max(1800.0, STEP_SECONDS)
 

@@ -77,14 +77,22 @@ class Ranks:
 ALONE = Ranks(0, 1, 0, 1, "127.0.0.1", _DEFAULT_PORT)
 
 
+# How long processes wait for each other, at the start and in a step.
+PATIENCE = {"IJEPA_START_SECONDS": "seconds", "DEEPSPEED_TIMEOUT": "minutes"}
+
+
 def find_ranks(environment: Mapping[str, str]) -> Ranks:
     """Who a process of this environment is: the innermost launcher counts.
 
     ``mpirun`` starts its daemons by ``srun`` where there is one, and both start ``deepspeed`` on each node.
 
     Raises:
-        UserError: several were started, but not all is known that they need to find each other.
+        UserError: several were started, but not all is known that they need to find each other, or a variable that
+            says how long they wait says nothing.
     """
+    for name, unit in PATIENCE.items():
+        if not (told := environment.get(name, "1")).isdecimal() or int(told) == 0:
+            raise UserError(f"{name} = '{told}' must be a whole number of {unit} above 0; set another, or unset it")
     if "RANK" in environment:
         return _ranks(environment, "RANK", "WORLD_SIZE")
     for rank, world_size in _MPI.items():

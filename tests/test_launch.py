@@ -136,3 +136,9 @@ def test_a_task_that_sees_one_gpu_takes_it_whatever_its_rank():
 def test_the_route_to_this_machine_is_its_loopback():
     assert route_to("127.0.0.1", 29500) == ("127.0.0.1", "127.0.0.1")
     assert interface_of("127.0.0.1") == "lo" and interface_of("203.0.113.9") is None
+
+
+@pytest.mark.parametrize("variable", [{"DEEPSPEED_TIMEOUT": "x"}, {"IJEPA_START_SECONDS": "0"}])
+def test_a_time_to_wait_that_is_none_is_refused(variable: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"must be a whole number of \w+ above 0; set another, or unset it"):
+        find_ranks(variable)
