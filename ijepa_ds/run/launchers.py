@@ -18,7 +18,9 @@ _PROGRAMS = {
     *("orterun", "orted", "prterun", "prte", "prted", "hydra_pmi_proxy", "hydra_bstrap_proxy"),
     *("deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch"),
 }
+_above: list[Launchers] = []  # what is watched
 _ended: list[str] = []
+_noting = threading.Lock()
 
 
 class Launchers:
@@ -63,22 +65,32 @@ def watch_launchers() -> None:
     except psutil.Error:  # /proc hides the processes of others
         return
     if above.names:
+        _above.append(above)
         threading.Thread(target=_watch, args=[above], name="launchers", daemon=True).start()
 
 
 def ended() -> bool:
-    """Whether :func:`watch_launchers` has found that one has ended."""
+    """Whether a launcher that is watched has ended: looked at once more, as another rank may have seen it first."""
+    for above in _above:
+        if (name := above.gone()) is not None:
+            _note(name)
     return bool(_ended)
 
 
 def _watch(above: Launchers) -> None:
     while (name := above.gone()) is None:
         time.sleep(_INTERVAL)
-    _ended.append(name)
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node
-        with contextlib.suppress(OSError):
-            os.write(2, f"{name} has ended: its processes save and leave\n".encode())
+    _note(name)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _note(name: str) -> None:
+    """Say it, once a process and by one process of a node."""
+    with _noting:
+        if not _ended and os.environ.get("LOCAL_RANK", "0") == "0":
+            with contextlib.suppress(OSError):
+                os.write(2, f"{name} has ended: its processes save and leave\n".encode())
+        _ended.append(name)
 
 
 def _command(process: psutil.Process) -> list[str]:
