@@ -102,7 +102,9 @@ class ZeroOptimization(Section):
         default=None, description="sum gradients between processes while backward goes on"
     )
     reduce_bucket_size: Elements = Field(default=50_000_000, description="gradients that travel at once, in elements")
-    allgather_bucket_size: Elements = Field(default=500_000_000, description="weights that travel at once, in elements")
+    allgather_bucket_size: Annotated[Elements, must(lambda size: size % 2 == 0, "must be even, as NCCL aligns it")] = (
+        Field(default=500_000_000, description="weights that travel at once, in elements")
+    )
     contiguous_gradients: bool = Field(default=True, description="copy gradients into one buffer as they come")
     reduce_scatter: bool = Field(default=True, description="reduce each gradient to its owner alone, not to all")
     use_multi_rank_bucket_allreduce: bool = Field(

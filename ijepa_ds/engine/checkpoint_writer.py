@@ -24,7 +24,7 @@ import numpy as np
 
 from ijepa_ds.distributed import Process, from_main, gather
 from ijepa_ds.engine.checkpoint_files import UNFINISHED, SavedState, make_room, prune, state_json
-from ijepa_ds.engine.rank_files import Contents, FileRecord, rank_file, write_rank_file
+from ijepa_ds.engine.rank_files import CRC_THREADS, Contents, FileRecord, rank_file, write_rank_file
 from ijepa_ds.engine.snapshot import Shapes, Snapshot, views
 from ijepa_ds.engine.trainable import State
 from ijepa_ds.errors import UserError, some
@@ -60,6 +60,7 @@ class Writing:
     Args:
         copied: what is written; it must stay as it is until the end.
         step: of how many steps it is the state.
+        beside_training: take one core at most, and leave that to whoever wants it.
         say: hears on every rank of what was removed to make room.
 
     ``path`` is the checkpoint's once it is complete. ``refusal`` says why there is none, where the state is not fit to
@@ -67,13 +68,20 @@ class Writing:
     """
 
     def __init__(
-        self, where: Where, step: int, copied: Snapshot, process: Process, *, say: Callable[[str], object] = print
+        self,
+        where: Where,
+        step: int,
+        copied: Snapshot,
+        process: Process,
+        *,
+        beside_training: bool = False,
+        say: Callable[[str], object] = print,
     ) -> None:
         self.where, self.step, self.copied, self.process, self.say = where, step, copied, process, say
         self.path: Path | None = None
         self.refusal: str | None = None
         self._temporary = unfinished(where.folder, step)
-        self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=_step_back)
+        self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=_step_back if beside_training else None)
         self._made_room = False
         self._writing: Future[_Written] | None = self._pool.submit(self._write)
         self._naming: Future[None] | None = None
@@ -259,7 +267,8 @@ def _unfit(copied: Snapshot) -> str | None:
 
 
 def _step_back() -> None:
-    """Let this thread have a core when no other wants it."""
+    """Let this thread have a core, and no more, when no other wants it."""
+    CRC_THREADS.set(1)
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
@@ -28,7 +29,8 @@ from ijepa_ds.validation import Checked, Count, check, parse_json
 FORMAT = 2
 SUFFIXES = {1: ".pt", 2: ".safetensors"}
 LARGEST_HEAD = 100_000_000  # bytes: safetensors' own limit
-CRC_THREADS = 4
+# Threads that sum: fewer where others have a use for the cores.
+CRC_THREADS: ContextVar[int] = ContextVar("crc_threads", default=4)
 Slices = dict[str, dict[str, tuple[int, Tensor]]]  # kind -> parameter -> (first element, fp32 values)
 
 Size = Annotated[int, Field(ge=0, le=2**53)]
@@ -109,7 +111,9 @@ def write_rank_file(path: Path, tensors: Slices, contents: Contents) -> FileReco
     """Write slices and ``contents``, to which their checksums are added, and bring them to the disk; or OSError."""
     flat = {f"{kind}/{name}": held for kind, slices in tensors.items() for name, held in slices.items()}
     raw = {key: values.numpy().view(np.uint8).data for key, (_, values) in flat.items()}
-    with ThreadPoolExecutor(CRC_THREADS) as pool:  # the sums hold no lock, and one thread is slower than a good disk
+    with ThreadPoolExecutor(
+        CRC_THREADS.get()
+    ) as pool:  # the sums hold no lock, and one thread is slower than a good disk
         sums = dict(zip(raw, pool.map(crc32, raw.values()), strict=True))
     slices = {key: SliceRecord(first=first, crc32=sums[key]) for key, (first, _) in flat.items()}
     said = contents.model_copy(update={"slices": slices}).model_dump_json()

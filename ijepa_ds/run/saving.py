@@ -68,7 +68,7 @@ class Saver:
         background = self.settings.background and not wait
         copied = self._copies.fit(state) if background else False
         snapshot = self._copies.take(state, outcome) if copied else views(state, outcome)
-        self._writing = Writing(self.where, step, snapshot, self.process, say=self.say)
+        self._writing = Writing(self.where, step, snapshot, self.process, beside_training=background, say=self.say)
         if background and not copied:  # the others may go on: they wait for this process in the next step
             self._writing.wait()
         self._questions, self._waited = 0, time.monotonic() - self._began
