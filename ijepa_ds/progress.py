@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 LINE_SECONDS, TTY_SECONDS = 5.0, 0.5
 
@@ -37,7 +36,6 @@ class Progress:
         self._clock, self._tty = clock, sys.stderr.isatty()
         self._began = clock()
         self._shown: float = self._began if after is None else after._shown
-        self._paused = 0.0
         self._written = False
 
     def show(self, count: int, note: str = "") -> None:
@@ -54,16 +52,7 @@ class Progress:
 
     def rate(self, count: int) -> float:
         """How much was done in a second, pauses left out."""
-        return count / max(self._clock() - self._began - self._paused, 1e-9)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out the time spent inside, which is other work."""
-        began = self._clock()
-        try:
-            yield
-        finally:
-            self._paused += self._clock() - began
+        return count / max(self._clock() - self._began, 1e-9)
 
     def _write(self, count: int, note: str) -> None:
         self._shown, self._written = self._clock(), True

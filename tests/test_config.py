@@ -264,6 +264,7 @@ def test_the_ijepa_part_must_be_an_object(value):
         ),
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "cpu_offload = true is not supported"),
         ({"zero_optimization": 2}, "zero_optimization must be an object, not a number"),
+        ({"zero_optimization": {"stage": 2, "allgather_bucket_size": 7}}, "must be even, as NCCL aligns it"),
         ({"bf16": True}, "bf16 must be an object, not true or false"),
         ({"bf16": {"enabled": True}, "torch_autocast": {"enabled": True}}, "exclude each other; turn one off"),
         ({"fp16": {"enabled": True}}, "fp16 is not used here: fp16 needs loss scaling"),

@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.validation import Bounds, Checked, Count, Pair, check, must, nearest, read_json
+from ijepa_ds.validation import Bounds, Checked, Count, NotJSON, Pair, check, must, nearest, parse_json, read_json
 
 
 class Part(Checked):
@@ -99,3 +99,24 @@ def test_a_json_file(tmp_path: Path):
             read_json(Part, path, "is no part")
     with pytest.raises(UserError, match="cannot be read"):
         read_json(Part, tmp_path / "none.json", "is no part")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"a": {"b": 1, "b": 2}}', 'the key "b" stands twice in one object'),
+        ('{"a": NaN}', "NaN is no number of JSON"),
+        ('{"a": -Infinity}', "-Infinity is no number of JSON"),
+        ("1" * 4300, "a number has 4,300 digits"),
+        ("1e999", "the number 1e999 is larger than any"),
+        ("[" * 1000 + "]" * 1000, "more than 64 deep"),
+        ("[" * 100_000, "more than 64 deep"),
+        (b'"\xff"', "byte 1 is not UTF-8"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_json_that_is_not_taken_says_why(text: str | bytes, why: str) -> None:
+    with pytest.raises(NotJSON) as refusal:
+        parse_json(text)
+    assert why in str(refusal.value)
+    assert parse_json('{"a": [1, 2.5, null, "\u00e9"]}') == {"a": [1, 2.5, None, "\u00e9"]}

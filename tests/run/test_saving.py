@@ -11,7 +11,7 @@ import torch
 
 from ijepa_ds.config import CheckpointConfig
 from ijepa_ds.distributed import Process
-from ijepa_ds.engine import checkpoint_writer
+from ijepa_ds.engine import checkpoint_writer, rank_files
 from ijepa_ds.engine.checkpoint_files import list_checkpoints, read_weights
 from ijepa_ds.engine.shards import Placement, Shard
 from ijepa_ds.engine.trainable import Outcome, State
@@ -87,6 +87,21 @@ def test_only_one_is_written_at_a_time_and_the_next_waits_for_it(tmp_path, slow_
     assert training.saver.saved_step == 0
     training.saver.finish()
     assert [read_weights(path, "target")["a"][0].item() for path in list_checkpoints(tmp_path)] == [0.0, 1.0]
+
+
+def test_beside_training_one_thread_sums_and_else_all(tmp_path, monkeypatch):
+    training, threads, write = Training(tmp_path), [], checkpoint_writer.write_rank_file
+
+    def note_and_write(*arguments):
+        threads.append(rank_files.CRC_THREADS.get())
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint_writer, "write_rank_file", note_and_write)
+    training.step()
+    training.saver.save(1, training.state, FINE)
+    training.saver.finish()
+    training.saver.save(2, training.state, FINE, wait=True)
+    assert threads == [1, 4]
 
 
 def test_a_save_that_is_to_be_waited_for_is(tmp_path):
