@@ -54,7 +54,7 @@ from ijepa_ds.method.masks import MaskSampler, ReferenceSampler, default_context
 from ijepa_ds.method.schedules import Hyperparameters
 from ijepa_ds.run import launchers
 from ijepa_ds.run.agreement import agree_on_run
-from ijepa_ds.run.folder import RunFolder
+from ijepa_ds.run.folder import RunFolder, first_step_of_cooldown
 from ijepa_ds.run.heartbeat import GIVEN_UP, Heartbeat
 from ijepa_ds.run.loss_guard import LossGuard
 from ijepa_ds.run.losses import LossWindow
@@ -222,6 +222,7 @@ class Run:
             steps_per_epoch=loader.steps_per_epoch,
             say=self.monitor.say,
             saved_step=-1 if self.loaded is None else first_step,
+            keep_step=first_step_of_cooldown(config.ijepa.optimization, loader.steps_per_epoch),
         )
         self.losses, self.votes = LossWindow(process), Votes(process)
         self.guard = LossGuard(config, process, loader.step_slots, self.folder.path, say=self.monitor.say)

@@ -200,25 +200,27 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def prune(newest: Path, *, keep: int, keep_every: int = 0) -> None:
-    """Keep ``newest``, ``keep`` - 1 before it and those of every ``keep_every``-th step; remove all older ones.
+def prune(newest: Path, *, keep: int, keep_every: int = 0, keep_step: int = 0) -> None:
+    """Keep ``newest``, ``keep`` - 1 before it, those of every ``keep_every``-th step and of ``keep_step``.
+
+    All other older ones are removed.
 
     Checkpoints after ``newest`` are left alone; damaged ones up to it have served their purpose.
     """
-    for old in _spare(_up_to(newest), keep, keep_every):
+    for old in _spare(_up_to(newest), keep, keep_every, keep_step):
         remove(old)
     for aside in newest.parent.glob(f"{SET_ASIDE}step_*"):
         if aside.name.removeprefix(SET_ASIDE) <= newest.name:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def make_room(folder: Path, *, keep: int, keep_every: int = 0) -> list[Path]:
+def make_room(folder: Path, *, keep: int, keep_every: int = 0, keep_step: int = 0) -> list[Path]:
     """Remove ahead of a save what it would remove afterwards; returns that.
 
     Nothing where what stays holds no checkpoint that can be read whole.
     """
     found = list_checkpoints(folder)
-    spare = _spare(found, max(1, keep - 1), keep_every)
+    spare = _spare(found, max(1, keep - 1), keep_every, keep_step)
     spare += folder.glob(f"{SET_ASIDE}*")
     if not spare or not any(problem_of(path) is None for path in reversed(found) if path not in spare):
         return []
@@ -242,10 +244,15 @@ def _up_to(newest: Path) -> list[Path]:
     return [path for path in list_checkpoints(newest.parent) if path.name <= newest.name]
 
 
-def _spare(checkpoints: list[Path], keep: int, keep_every: int) -> list[Path]:
-    return [path for path in checkpoints[:-keep] if not _lasts(path, keep_every)]
-
-
-def _lasts(checkpoint: Path, keep_every: int) -> bool:
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says; 0 where it says none."""
     step = re.fullmatch(r"step_(\d+)", checkpoint.name)
-    return bool(keep_every and step and int(step[1]) and int(step[1]) % keep_every == 0)
+    return int(step[1]) if step else 0
+
+
+def _spare(checkpoints: list[Path], keep: int, keep_every: int, keep_step: int) -> list[Path]:
+    return [path for path in checkpoints[:-keep] if not _lasts(step_of(path), keep_every, keep_step)]
+
+
+def _lasts(step: int, keep_every: int, keep_step: int) -> bool:
+    return step > 0 and (step == keep_step or (keep_every > 0 and step % keep_every == 0))

@@ -36,11 +36,17 @@ _NICENESS = 10  # of the writing thread: training comes first where both want a 
 
 @dataclass(frozen=True)
 class Where:
-    """Where checkpoints go, and which stay: the newest ``keep`` and those of every ``keep_every``-th step."""
+    """Where checkpoints go, and which stay: the newest ``keep``, every ``keep_every``-th step's and ``keep_step``'s."""
 
     folder: Path
     keep: int
     keep_every: int = 0
+    keep_step: int = 0
+
+    @property
+    def lasting(self) -> dict[str, int]:
+        """Which stay, for those who remove the others."""
+        return {"keep": self.keep, "keep_every": self.keep_every, "keep_step": self.keep_step}
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ class Writing:
         sync(self._temporary)
         final = self.where.folder / f"step_{self.step:09d}"
         _take_place(self._temporary, final)
-        prune(final, keep=self.where.keep, keep_every=self.where.keep_every)
+        prune(final, **self.where.lasting)
 
     # ---------------------------------------------------------------------------------------------- all ranks together
 
@@ -189,8 +195,7 @@ class Writing:
         if not no_room or self._made_room:
             return False
         self._made_room = True
-        keep = {"keep": self.where.keep, "keep_every": self.where.keep_every}
-        spare = make_room(self.where.folder, **keep) if self.process.is_main else []
+        spare = make_room(self.where.folder, **self.where.lasting) if self.process.is_main else []
         removed = from_main([path.name for path in spare], self.process)
         if removed:
             what = some(removed)

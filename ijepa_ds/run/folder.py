@@ -12,13 +12,15 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from ijepa_ds.config import Config, parse_config
-from ijepa_ds.engine.checkpoint_files import list_checkpoints, remove_incomplete
+from ijepa_ds.config import Config, OptimizationConfig, parse_config
+from ijepa_ds.engine.checkpoint_files import list_checkpoints, remove_incomplete, step_of
 from ijepa_ds.errors import UserError, listing
 from ijepa_ds.files import replacing
 from ijepa_ds.run.provenance import git_commit, versions
 from ijepa_ds.validation import Checked, read_json
 
+# Where a run with a constant learning rate ends is decided late.
+_ENDS = ("ijepa.optimization.epochs", "ijepa.optimization.cooldown_epochs")
 VISIBLE = 10.0  # seconds until a file written on one node must be seen on all others
 
 
@@ -57,6 +59,9 @@ class RunFolder:
             raise UserError(f"{self.path} holds checkpoints but no config.json; choose another ijepa.run.name")
         saved, saved_images = read_run_record(self.path)
         then, now = saved.recipe(), config.recipe()
+        if self._may_end_elsewhere(saved, config, num_images):
+            for key in _ENDS:
+                now[key] = then[key]
         if saved_images is not None:
             then["images in ijepa.data.train"], now["images in ijepa.data.train"] = saved_images, num_images
         differing = [
@@ -69,6 +74,28 @@ class RunFolder:
                 f"{self.path} belongs to a run with another configuration; choose another ijepa.run.name, or remove "
                 f"the folder to start over. What differs:{listing(differing)}"
             )
+
+    def _may_end_elsewhere(self, saved: Config, config: Config, num_images: int) -> bool:
+        """Whether the run may get another length: its past would have been the same.
+
+        Raises:
+            UserError: it would but for its cool-down, which has begun.
+        """
+        then, now = saved.ijepa.optimization, config.ijepa.optimization
+        if then.schedule != "constant_then_cooldown" or then.schedule != now.schedule:
+            return False
+        if (then.epochs, then.cooldown_epochs) == (now.epochs, now.cooldown_epochs):
+            return True
+        steps_per_epoch = num_images // config.global_batch
+        newest = step_of(list_checkpoints(self.checkpoints)[-1])
+        began = min(first_step_of_cooldown(part.ijepa.optimization, steps_per_epoch) for part in (saved, config))
+        if newest <= began:
+            return True
+        raise UserError(
+            f"{self.path} has a checkpoint of step {newest}, after its cool-down began or would have begun at step "
+            f"{began}: its length can no longer change. To go on from before, copy config.json and a checkpoint of at "
+            "most that step (checkpoints/step_N) into the folder of another ijepa.run.name"
+        )
 
     def prepare(self, config: Config, num_images: int | None) -> dict[str, Any]:
         """Make the folder, remove what a killed process left half written, record configuration and versions.
@@ -116,6 +143,13 @@ class RunFolder:
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, if there is one."""
         return next(reversed(list_checkpoints(self.checkpoints)), None)
+
+
+def first_step_of_cooldown(optimization: OptimizationConfig, steps_per_epoch: int) -> int:
+    """The first step whose learning rate depends on where the run ends; 0 for a cosine, of which every one does."""
+    if optimization.schedule == "cosine":
+        return 0
+    return int(optimization.epochs * steps_per_epoch) - int(optimization.cooldown_epochs * steps_per_epoch)
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:

@@ -17,7 +17,7 @@ class Saver:
     """Writes a run's checkpoints into ``folder``, one at a time, while training goes on.
 
     Every process calls each method at the same step. ``saved_step`` is the newest checkpoint's, -1 before there is one;
-    ``say`` hears when one is complete, and why one is not.
+    ``say`` hears when one is complete, and why one is not; the checkpoint of ``keep_step`` is written, and stays.
     """
 
     def __init__(
@@ -29,11 +29,12 @@ class Saver:
         steps_per_epoch: int,
         say: Callable[[str], object],
         saved_step: int = -1,
+        keep_step: int = 0,
     ) -> None:
         self.settings, self.process, self.saved_step, self.say = settings, process, saved_step, say
         self.tried_step = saved_step  # the newest that was to be saved
         self.keep_every = settings.keep_epochs * steps_per_epoch
-        self.where = Where(folder, settings.keep, self.keep_every)
+        self.where = Where(folder, settings.keep, self.keep_every, keep_step)
         self._copies = HostCopies()
         self._writing: Writing | None = None
         self._began = self._waited = 0.0  # of the one that is written: when, and seconds that training waited for it
@@ -52,7 +53,8 @@ class Saver:
 
     def due_by_steps(self, step: int) -> bool:
         """Whether a checkpoint is due after ``step`` steps, on all processes alike."""
-        return any(every > 0 and step % every == 0 for every in (self.settings.steps, self.keep_every))
+        every = self.settings.steps, self.keep_every
+        return step == self.where.keep_step or any(steps > 0 and step % steps == 0 for steps in every)
 
     def save(self, step: int, state: State, outcome: Outcome | None, *, wait: bool = False) -> None:
         """Begin to save the state after ``step`` steps, the last of which did ``outcome``, when the one before is done.

@@ -7,6 +7,7 @@ of a loader is built anew by its own constructor.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import queue
 import shutil
@@ -29,8 +30,8 @@ from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType
 
 from ijepa_ds.data import ffcv_pipeline, pretraining_loader
 from ijepa_ds.data.beton import inspect_dataset, integer_label_fields, read_labels
-from ijepa_ds.data.crops import Crops, center_crop, random_crop
-from ijepa_ds.data.ffcv_pipeline import PLAIN, DecodeError, LoaderError, Request
+from ijepa_ds.data.crops import Crops, center_crop, flips_of, random_crop
+from ijepa_ds.data.ffcv_pipeline import PLAIN, DecodeError, Draws, LoaderError, Request
 from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.data.pretraining_loader import Batch, PretrainingLoader
 from ijepa_ds.errors import UserError
@@ -97,7 +98,8 @@ def evaluation(own_beton) -> ImageLoader:
 
 def kept(batch: Batch) -> Batch:
     """A copy that outlives the loader's buffers."""
-    return Batch(batch.images.clone(), batch.context_block.clone(), batch.target_blocks.clone(), batch.samples.copy())
+    tensors = batch.images.clone(), batch.context_block.clone(), batch.target_blocks.clone()
+    return Batch(*tensors, batch.samples.copy(), None if batch.keys is None else batch.keys.clone())
 
 
 def read(loader: PretrainingLoader, step: int = 0, end: int = 6) -> list[list[Batch]]:
@@ -702,3 +704,64 @@ def test_other_fields_are_refused_with_what_was_found(make_beton, tmp_path):
 def test_a_file_without_labels_is_good_for_pretraining(make_beton, tmp_path):
     dataset = inspect_dataset(make_beton(tmp_path / "plain.beton", 3))
     assert (dataset.num_samples, dataset.label_fields) == (3, ())
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def test_further_contexts_leave_the_first_as_it_was_and_are_drawn_alike(make_loader, whole):
+    more = Draws(contexts=3)
+    batches = global_batches([make_loader(draws=more)], 0, 3)
+    for batch, plain in zip(batches, whole["multiblock"], strict=False):
+        count, tokens = len(batch.images), plain.context_block.shape[1]
+        contexts = batch.context_block.reshape(3, count, tokens)
+        blocks = batch.target_blocks.unflatten(1, (3, count))
+        assert torch.equal(batch.images, plain.images)
+        assert torch.equal(contexts[0], plain.context_block) and torch.equal(blocks[:, 0], plain.target_blocks)
+        for one, other in ((0, 1), (0, 2), (1, 2)):
+            assert (contexts[one] != contexts[other]).any(1).all()
+            assert (blocks[:, one] != blocks[:, other]).any()
+        for context in range(3):  # a context sees nothing of its own targets
+            seen = contexts[context, :, :, None, None] == blocks[:, context].permute(1, 0, 2)[:, None]
+            assert not seen.any()
+
+
+def test_contexts_and_keys_do_not_depend_on_ranks_and_micro_batch(make_loader):
+    draws = Draws(contexts=2, keys=True)
+    [one] = read(make_loader(draws=draws), 2, 3)
+    images, tokens = GLOBAL_BATCH, one[0].context_block.shape[1]
+    contexts, keys = one[0].context_block.reshape(2, images, tokens), one[0].keys.reshape(2, images)
+    assert len(torch.unique(keys)) == 2 * images
+    for rank in range(2):
+        [two] = read(make_loader(micro_batch=2, rank=rank, world_size=2, draws=draws), 2, 3)
+        for micro, batch in enumerate(two):
+            own = slice(4 * micro + 2 * rank, 4 * micro + 2 * rank + 2)
+            assert torch.equal(batch.context_block.reshape(2, 2, tokens), contexts[:, own])
+            assert torch.equal(batch.keys.reshape(2, 2), keys[:, own])
+
+
+def test_every_other_image_is_mirrored_by_chance(make_loader, whole):
+    flipped = global_batches([make_loader(flip=True)])
+    for step, (batch, plain) in enumerate(zip(flipped, whole["multiblock"], strict=True)):
+        flips = flips_of(SAMPLERS["multiblock"].seed, step, batch.samples)
+        for image, before, flip in zip(batch.images, plain.images, flips, strict=True):
+            assert torch.equal(image, before.flip(1) if flip else before)
+        assert torch.equal(batch.context_block, plain.context_block)
+    assert 0.2 < np.mean([flips_of(0, step, np.arange(8)) for step in range(20)]) < 0.8
+
+
+def test_a_share_of_each_target_block_is_predicted(own_beton):
+    sampler = dataclasses.replace(SAMPLERS["multiblock"], predict_share=0.5)
+    loader = PretrainingLoader(
+        inspect_dataset(own_beton),
+        sampler,
+        image_size=IMAGE_SIZE,
+        crops=Crops(SCALE, RATIO),
+        global_batch=GLOBAL_BATCH,
+        micro_batch=8,
+    )
+    for step, [batch] in enumerate(read(loader, 0, 3)):
+        for position, sample in enumerate(batch.samples):
+            context, targets = sampler.draw(step, int(sample))
+            assert batch.context_block[position].tolist() == context.tolist()
+            assert batch.target_blocks[:, position].tolist() == targets.tolist()

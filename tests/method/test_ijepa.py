@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from ijepa_ds.method.encoder import Dimensions, VisionTransformer, set_attention
-from ijepa_ds.method.ijepa import IJEPA, normalize_images, normalize_targets, prediction_loss
+from ijepa_ds.method.ijepa import IJEPA, mean_of_layers, normalize_images, normalize_targets, prediction_loss
 from ijepa_ds.method.masks import MultiblockSampler
 from ijepa_ds.method.predictor import Predictor
+from ijepa_ds.method.vicreg import VarianceCovariance
 
 IMAGE_SIZE, PATCH, GRID, WIDTH = (24, 32), 4, (6, 8), 16
 
@@ -205,3 +206,43 @@ def test_images_are_normalised_per_channel_and_turned_channels_first(dtype):
         torch.testing.assert_close(
             images[:, channel], expected.to(dtype), rtol=1e-5 if dtype.itemsize == 4 else 1e-2, atol=1e-5
         )
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+@torch.no_grad()
+def test_targets_of_several_layers_are_the_mean_of_their_normalised_features(model, batch):
+    images, _, target_blocks = batch
+    encoder = VisionTransformer(IMAGE_SIZE, PATCH, Dimensions(16, 3, 2), generator=generator())
+    whole = encoder(images, blocks_out=2)
+    layers = encoder.layers_at(images, target_blocks, 2)
+    for every, at in zip(whole, layers, strict=True):
+        for m, block in enumerate(target_blocks):
+            for b in range(2):
+                assert torch.allclose(at[2 * m + b], every[b, block[b]], atol=1e-5)
+    expected = (F.layer_norm(layers[0], (16,)) + F.layer_norm(layers[1], (16,))) / 2
+    assert torch.allclose(mean_of_layers(layers), expected, atol=1e-6)
+    assert torch.equal(mean_of_layers(layers[1:]), normalize_targets(layers[1]))
+
+
+def test_what_regularises_is_added_to_the_loss(model, batch):
+    targets = torch.randn(6, 4, 16, generator=generator(7))
+    plain = model(*batch, targets)
+    model.regulariser = VarianceCovariance(16, hidden=8, group=2, variance=2.0, covariance=1.0, generator=generator())
+    added = model.regulariser(model.context_encoder(*batch[:2]))
+    assert added > 0 and model(*batch, targets).item() == pytest.approx((plain + added).item(), rel=1e-6)
+
+
+@torch.no_grad()
+def test_two_contexts_of_an_image_are_two_images_with_one_each(model, batch):
+    images, context_block, target_blocks = batch
+    again, other = context_block.flip(0), target_blocks.flip(1)
+    both = torch.cat([context_block, again]), torch.cat([target_blocks, other], dim=1)
+    targets = torch.randn(12, 4, 16, generator=generator(7))  # [3 * (2 * 2), 4, 16]
+    first, second = targets.view(3, 2, 2, 4, 16).unbind(1)
+    apart = (
+        model(images, context_block, target_blocks, first.flatten(0, 1)),
+        model(images, again, other, second.flatten(0, 1)),
+    )
+    assert model(images, *both, targets).item() == pytest.approx(sum(apart).item() / 2, rel=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 
@@ -421,3 +422,26 @@ def test_a_grid_on_which_the_released_code_never_ends_is_refused(grid, more):
     message = str(refusal.value)
     assert f"grid of {grid[0]} x {grid[1]} patches" in message and "masks.min_keep" in message
     assert "multiblock" in message
+
+
+# ------------------------------------------------------------------------------------------------- a share of a block
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_a_fixed_number_of_each_block_is_kept_and_the_context_stays(share):
+    whole = MultiblockSampler(seed=3, grid=(8, 8), context_tokens=18)
+    sampler = dataclasses.replace(whole, predict_share=share)
+    counts = np.zeros(64)
+    for step in range(200):
+        context, targets = sampler.draw(step, 7)
+        every_context, every = whole.draw(step, 7)
+        assert (context == every_context).all()
+        assert targets.shape == (4, max(1, round(share * every.shape[1])))
+        assert targets.shape[1] == sampler.block_sizes(step).target_tokens
+        for kept, block in zip(targets, every, strict=True):
+            assert (np.diff(kept) > 0).all() and set(kept) <= set(block)
+            counts[np.searchsorted(block, kept)] += 1
+    assert sampler.max_target_tokens() == max(1, round(share * whole.max_target_tokens()))
+    smallest = min(s.target_tokens for s in map(whole.block_sizes, range(200)))
+    first, last = counts[: smallest // 2].mean(), counts[smallest // 2 : smallest].mean()
+    assert abs(first - last) < 0.15 * (first + last)  # no place of a block is preferred

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ijepa_ds.method.noise import gaussian
 from ijepa_ds.method.positions import sine_cosine_positions
 from ijepa_ds.method.predictor import Predictor
 
@@ -179,3 +180,30 @@ def test_initial_weights_and_names_are_the_released_codes():
             assert weight.std().item() == pytest.approx(0.02, rel=0.35 if name == "mask_token" else 0.06), name
     norms = [part for part in predictor.modules() if isinstance(part, torch.nn.LayerNorm)]
     assert {part.eps for part in norms} == {1e-6} and len(norms) == 5
+
+
+# -------------------------------------------------------------------------------------------- stochastic positions
+
+
+@torch.no_grad()
+def test_noise_goes_through_the_weights_that_project_the_context(inputs):
+    """StoP's m_i = A n_i + position + mask token, written out for each patch."""
+    noisy, plain, keys = make(stochastic_positions=0.09), make(), torch.tensor([3, 4, 5])
+    context, context_block, target_blocks = inputs
+    noise = 0.3 * gaussian(keys, target_blocks, num_patches=24, width=WIDTH)
+    positions, expected = plain.predictor_pos_embed[0], torch.empty(M, B, T, WIDTH)
+    for m in range(M):
+        for b in range(B):
+            seen = plain.predictor_embed(context[b]) + positions[context_block[b]]
+            masked = plain.mask_token[0] + positions[target_blocks[m, b]]
+            masked = masked + noise[m, b] @ plain.predictor_embed.weight.T
+            tokens = torch.cat([seen, masked])[None]
+            for block in plain.predictor_blocks:
+                tokens = block(tokens)
+            expected[m, b] = plain.predictor_proj(plain.predictor_norm(tokens))[0, K:]
+    assert torch.allclose(noisy(*inputs, keys), expected.flatten(0, 1), atol=1e-4)
+
+
+def test_noise_needs_keys(inputs):
+    with pytest.raises(ValueError, match="keys"):
+        make(stochastic_positions=0.1)(*inputs)

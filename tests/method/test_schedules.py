@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -118,3 +119,32 @@ def test_constant_schedules_are_constant():
     for step in (0, 1, 400, 1500, 2999, 5000):
         now = run.at(step)
         assert (now.lr, now.weight_decay, now.momentum) == pytest.approx((1e-3, 0.05, 0.9), rel=1e-14)
+
+
+# -------------------------------------------------------------------------------------- constant, then a cool-down
+
+
+def cooled(epochs: float, cooldown_epochs: float) -> Schedules:
+    """20 steps an epoch, one epoch of warm-up."""
+    made = schedules(steps_per_epoch=20, epochs=epochs, warmup_epochs=1)
+    return dataclasses.replace(made, cooldown_steps=int(20 * cooldown_epochs))
+
+
+def test_values_stay_until_the_cool_down_and_then_go_to_their_ends():
+    run = cooled(10, 2)
+    assert run.free_until == 160
+    assert [run.at(step).lr for step in range(19)] == pytest.approx([2e-4 + (s + 1) / 20 * 8e-4 for s in range(19)])
+    assert {run.at(step) for step in range(19, 160)} == {run.at(50)}
+    assert (run.at(50).lr, run.at(50).weight_decay, run.at(50).momentum) == (1e-3, 0.04, 0.996)
+    halfway = run.at(179)
+    assert halfway.lr == pytest.approx((1e-3 + 1e-6) / 2) and halfway.weight_decay == pytest.approx(0.22)
+    last = run.at(199)
+    assert (last.lr, last.weight_decay, last.momentum) == pytest.approx((1e-6, 0.4, 1.0))
+
+
+def test_a_longer_run_has_the_same_values_until_the_shorter_one_cools_down():
+    short, long = cooled(10, 2), cooled(50, 5)
+    assert all(short.at(step) == long.at(step) for step in range(short.free_until))
+    assert short.at(short.free_until) != long.at(short.free_until)
+    assert all(cooled(10, 0).at(step) == long.at(step) for step in range(200))  # never cooled down
+    assert schedules().free_until == 0  # a cosine depends on its end from the first step on

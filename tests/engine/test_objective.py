@@ -1,0 +1,102 @@
+"""The options beside the plain method in whole runs: the same losses for any layout and after a resume."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from distributed_runs import TrainingRun, bare_run, checkpoint_tensors, once, run_training, tiny_config
+
+from ijepa_ds.config import parse_config
+from ijepa_ds.errors import UserError
+
+ALL = {
+    "ijepa__objective": {"vicreg": 0.01, "vicreg_group": 2, "target_layers": 2, "predict_share": 0.5},
+    "ijepa__model__stochastic_positions": 0.1,
+    "ijepa__data__flip": True,
+}
+CONTEXTS = {"ijepa__objective": {"contexts": 2, "vicreg": 0.01, "vicreg_group": 2}}
+CONSTANT = {"schedule": "constant_then_cooldown", "warmup_epochs": 0.5, "momentum": [0.9, 1.0]}
+
+
+def trained(name: str, world_size: int, **changes: Any) -> TrainingRun:
+    run = run_training(tiny_config(ijepa__run__name=name, **changes), world_size)
+    assert set(run.exit_codes) == {0}, run.output
+    return run
+
+
+@once
+def alone() -> TrainingRun:
+    return trained("all_options", 1, **ALL)
+
+
+def test_with_all_options_the_losses_do_not_depend_on_the_ranks() -> None:
+    two = trained("all_options_2_ranks", 2, train_micro_batch_size_per_gpu=8, **ALL)
+    assert two.losses == pytest.approx(alone().losses, rel=1e-5)
+    assert all(abs(a / b - 1) > 1e-3 for a, b in zip(alone().losses, bare_run(1).losses, strict=True))  # they are on
+
+
+def test_and_not_on_the_stages() -> None:
+    stages = {"ijepa__pipeline": {"stages": 2, "largest_bubble": 1}, "zero_optimization": {"stage": 1}}
+    two = trained("all_options_2_stages", 2, **stages, **ALL)
+    assert two.losses == pytest.approx(alone().losses, rel=1e-5)
+
+
+def test_a_resumed_run_draws_what_it_would_have_drawn() -> None:
+    trained("all_options_stopped", 1, ijepa__run__stop_after_steps=3, **ALL)
+    assert trained("all_options_stopped", 1, **ALL).losses == alone().losses
+
+
+def test_two_contexts_an_image_do_not_depend_on_the_ranks() -> None:
+    one = trained("contexts", 1, **CONTEXTS)
+    two = trained("contexts_2_ranks", 2, train_micro_batch_size_per_gpu=2, **CONTEXTS)
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ length of a run
+
+
+def constant(name: str, epochs: float, cooldown: float, **changes: Any) -> dict[str, Any]:
+    schedule = {**CONSTANT, "epochs": epochs, "cooldown_epochs": cooldown}
+    return tiny_config(ijepa__run__name=name, ijepa__optimization=schedule, **changes)
+
+
+def test_a_run_is_extended_and_cooled_down_by_the_same_command() -> None:
+    """Four steps an epoch: 4 steps, then 6 of which the last 2 cool down, against that in one run."""
+    one = {"ijepa__checkpoint": {"minutes": 0, "keep": 1}}
+    whole = run_training(constant("cooled", 1.5, 0.5, **one))
+    assert whole.checkpoints == ["step_000000004", "step_000000006"]  # before the cool-down, and the last
+    run_training(constant("extended", 1, 0))
+    extended = run_training(constant("extended", 1.5, 0.5))
+    assert extended.exit_codes == [0], extended.output
+    assert extended.losses == whole.losses
+    kept, again = checkpoint_tensors(whole.folder, 4), checkpoint_tensors(extended.folder, 4)
+    assert all((kept[name] == again[name]).all() for name in kept)
+    longer = run_training(constant("cooled", 3, 0.5))
+    assert longer.exit_codes == [2]
+    assert "cool-down began or would have begun at step 4: its length can no longer change" in longer.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"ijepa__objective": {"vicreg": 0.1, "vicreg_group": 3}}, "vicreg_group = 3 does not divide"),
+        ({"ijepa__objective": {"contexts": 2}, "ijepa__masks__sampler": "reference"}, "contexts = 2 does not go with"),
+        ({"ijepa__objective": {"contexts": 2}, "ijepa__pipeline__stages": 2}, "hand one context an image"),
+        ({"ijepa__optimization": {"cooldown_epochs": 1}}, "needs ijepa.optimization.schedule = constant_then_cooldown"),
+        (
+            {"ijepa__optimization": {**CONSTANT, "epochs": 2, "cooldown_epochs": 1.6}},
+            "together longer than the 2 epochs",
+        ),
+        ({"ijepa__optimization": {**CONSTANT, "epochs": 2, "schedule_scale": 1.25}}, "is a cosine's"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes: dict[str, Any], says: str) -> None:
+    settings = {"ijepa__masks__truncation_group": 16, **changes}
+    with pytest.raises(UserError, match=says):
+        parse_config(tiny_config(**settings))
+
+
+def test_targets_of_more_blocks_than_there_are_are_refused() -> None:
+    run = run_training(tiny_config(ijepa__run__name="refused", ijepa__objective__target_layers=3))
+    assert run.exit_codes == [2] and "target_layers = 3 is more than the encoder's 2 blocks" in run.output
