@@ -141,7 +141,7 @@ def _activations(work: Workload, stage: _Stage, micro_batch: int, in_flight: int
     if work.stages > 1:  # DeepSpeed keeps a stage's input and its result until their backward pass
         between = 2 * in_flight * work.tokens.most_context * work.shapes.encoder.width * work.kept.residual
     cast = work.kept.residual > work.kept.product  # autocast's copies of the weights
-    return micro_batch * (kept + between) + (work.kept.product * stage.parameters if cast else 0)
+    return micro_batch * work.tokens.contexts * (kept + between) + (work.kept.product * stage.parameters if cast else 0)
 
 
 def _working(work: Workload, stage: _Stage, micro_batch: int) -> tuple[float, float]:
@@ -153,7 +153,7 @@ def _working(work: Workload, stage: _Stage, micro_batch: int) -> tuple[float, fl
         gradients.append(sequence * (2 * predictor.hidden + 3 * predictor.width))
     predictions = tokens.num_targets * tokens.most_target * encoder.width if stage.is_last else 0
     loss = predictions * (2 * work.kept.product + _EXACT)  # predictions, and gradients in both precisions
-    backward = micro_batch * max(loss, work.kept.product * max(gradients))
+    backward = micro_batch * tokens.contexts * max(loss, work.kept.product * max(gradients))
     block = max(3 * encoder.width + 2 * encoder.hidden, 6 * encoder.width)
     own = micro_batch // work.stages
     normalised = 3 * work.pixels * 2 * _EXACT

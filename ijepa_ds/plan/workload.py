@@ -17,6 +17,7 @@ from ijepa_ds.build import (
     autocast_dtype,
     build_sampler,
     computing_dtype,
+    encoder_dimensions,
     layer_costs,
     shapes_of,
     working_dtype,
@@ -33,13 +34,17 @@ _GROUPS = 64  # of images, in search of the reference sampler's numbers of conte
 
 @dataclass(frozen=True)
 class Tokens:
-    """Of an image: ``targets`` counts the steps of each T; ``most_context`` is the largest K, ``context`` the mean."""
+    """Of an image: ``targets`` counts the steps of each T; ``most_context`` is the largest K, ``context`` the mean.
+
+    Of each of its ``contexts``, where it has several.
+    """
 
     context: int
     most_context: int
     targets: Counter[int]
     most_target: int
     num_targets: int
+    contexts: int = 1
 
     @property
     def mean_target(self) -> float:
@@ -65,6 +70,7 @@ class Workload:
     epochs: float
     workers: int
     layer_costs: list[float]  # by which the layers are cut into stages
+    regulariser_parameters: int = 0  # of the projection whose statistics the loss asks for
 
     @property
     def zero_stage(self) -> int:
@@ -103,6 +109,7 @@ class Workload:
         embedding = CHANNELS * self.shapes.patch_size**2 * encoder.width + encoder.width
         between = 2 * encoder.width * predictor.width + encoder.width + predictor.width  # the two projections
         last = predictor.depth * _block_parameters(predictor) + 2 * predictor.width + between + predictor.width
+        last += self.regulariser_parameters
         return [embedding, *[_block_parameters(encoder)] * encoder.depth, 2 * encoder.width, last]
 
     @property
@@ -129,10 +136,11 @@ class Workload:
             context_tokens=self.tokens.context,
             target_tokens=target_tokens,
             num_targets=self.tokens.num_targets,
+            contexts=self.tokens.contexts,
         )
 
     def activations(self, *, checkpointed: bool) -> list[Layer]:
-        """Of each layer, at the largest numbers of tokens; bytes of one image."""
+        """Of each layer, at the largest numbers of tokens; bytes of one context of an image."""
         return layers(
             self.shapes,
             self.kept,
@@ -163,6 +171,7 @@ def workload_of(config: Config, num_steps: int) -> Workload:
         epochs=config.ijepa.optimization.epochs,
         workers=config.ijepa.data.workers,
         layer_costs=layer_costs(config),
+        regulariser_parameters=_regulariser_parameters(config),
     )
 
 
@@ -176,7 +185,14 @@ def _tokens(config: Config, num_steps: int) -> Tokens:
         group = np.arange(sampler.truncation_group)
         contexts = [sampler.context_count(int(step), group) for step in steps[:: max(1, len(steps) // _GROUPS)]]
     mean = round(sum(contexts) / len(contexts))
-    return Tokens(mean, max(contexts), targets, sampler.max_target_tokens(), sampler.num_targets)
+    each = config.ijepa.objective.contexts
+    return Tokens(mean, max(contexts), targets, sampler.max_target_tokens(), sampler.num_targets, each)
+
+
+def _regulariser_parameters(config: Config) -> int:
+    objective, width = config.ijepa.objective, encoder_dimensions(config).width
+    hidden = objective.vicreg_width if objective.vicreg else 0
+    return (width + 1) * hidden + (hidden + 1) * hidden
 
 
 def _block_parameters(size: Dimensions) -> int:

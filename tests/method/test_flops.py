@@ -78,3 +78,29 @@ def test_targets_that_cover_the_image_save_nothing_in_the_target_encoder() -> No
 def test_the_total_is_the_sum() -> None:
     flops = Shapes(ENCODER, Dimensions(16, 1, 2), PATCH, 36).flops(context_tokens=10, target_tokens=6)
     assert flops.total == flops.target + flops.context_encoder + flops.predictor
+
+
+@pytest.mark.parametrize("contexts", [2, 3])
+def test_contexts_share_their_images_target_pass(contexts: int) -> None:
+    encoder = VisionTransformer((24, 24), PATCH, ENCODER)
+    set_attention(encoder, fused=False)
+    images = torch.randn(BATCH, 3, 24, 24)
+    context = torch.rand(contexts * BATCH, 36).argsort(1)[:, :CONTEXT]
+    blocks = torch.rand(contexts * TARGETS, BATCH, 36).argsort(2)[..., :TOKENS]
+    shapes = Shapes(ENCODER, Dimensions(16, 2, 2), PATCH, 36)
+    flops = shapes.flops(context_tokens=CONTEXT, target_tokens=TOKENS, num_targets=TARGETS, contexts=contexts)
+    one = shapes.flops(context_tokens=CONTEXT, target_tokens=TOKENS, num_targets=TARGETS)
+
+    def target() -> None:
+        with torch.no_grad():
+            encoder.features_at(images, blocks)
+
+    assert counted(target) == flops.target
+    assert counted(lambda: encoder(images, context).sum().backward()) == flops.context_encoder
+    assert flops.predictor == contexts * one.predictor
+
+
+def test_a_second_context_saves_a_quarter_of_vit_h() -> None:
+    shapes = Shapes(dimensions_of("huge"), Dimensions(384, 12, 16), 14, 256)
+    one, two = (shapes.flops(context_tokens=72, target_tokens=45, contexts=count).total for count in (1, 2))
+    assert two / 2 / one == pytest.approx(0.753, abs=0.001)

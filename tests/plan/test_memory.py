@@ -47,6 +47,16 @@ def test_the_state_by_stage_and_precision(tmp_path: Path, overrides, gpus: int, 
     assert plan.memory().state == trained * plan.work.parameters + encoder * plan.work.encoder_parameters
 
 
+def test_two_contexts_keep_twice_the_activations_and_a_projection_has_weights(tmp_path: Path) -> None:
+    tiny = write_tiny(tmp_path)
+    one, two = make_plan(tiny), make_plan(tiny, "ijepa.objective.contexts=2")
+    assert two.memory().activations == 2 * one.memory().activations
+    assert one.work.flops.context_encoder * 2 == two.work.flops.context_encoder
+    width = one.work.shapes.encoder.width
+    more = make_plan(tiny, "ijepa.objective.vicreg=1", "ijepa.objective.vicreg_group=2").work.parameters
+    assert more - one.work.parameters == (width + 1) * 256 + (256 + 1) * 256
+
+
 def test_stages_share_weights_but_not_the_target_encoder(tmp_path: Path) -> None:
     overrides = ("zero_optimization.stage=1", "ijepa.pipeline.stages=2", "ijepa.pipeline.largest_bubble=1")
     plan = make_plan(write_tiny(tmp_path), *overrides, gpus=4)
