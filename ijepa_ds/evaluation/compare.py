@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.results import Heading, Results, aligned, format_value, read_results
+from ijepa_ds.evaluation.results import RMSE, Heading, Results, aligned, format_value, read_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,7 +132,8 @@ def _data(run: Results) -> str:
     for key in ("ijepa", "data"):  # a file that somebody has edited may hold anything there
         data = data.get(key) if isinstance(data, dict) else None
     data = data if isinstance(data, dict) else {}
-    return " + ".join(str(run.options.get(key) or data.get(key)) for key in ("train", "validation"))
+    dense = [str(folder)] if (folder := run.options.get("dense_data")) else []
+    return " + ".join([*(str(run.options.get(key) or data.get(key)) for key in ("train", "validation")), *dense])
 
 
 def format_comparison(comparison: Comparison, *, paper: bool) -> str:
@@ -144,16 +145,19 @@ def format_comparison(comparison: Comparison, *, paper: bool) -> str:
     lines = [["task", "label", "metric", *columns, *differences, *(f"paper {model}" for model in models)]]
     for row in comparison.rows:
         line, first = [row.task, row.label, f"{row.metric} {row.unit}".strip()], row.cells[0]
+        digits = row.digits
         for cell in row.cells:
             if cell is None:
                 line += ["-"] * 4
             else:
-                line += [format_value(cell.value), format_value(cell.random, cell.random_deviation)]
-                line += [format_value(cell.pixels), f"{cell.value - cell.random:+.2f}"]
-        line += [f"{cell.value - first.value:+.2f}" if first and cell else "-" for cell in row.cells[1:]]
+                line += [format_value(cell.value, digits=digits)]
+                line += [format_value(cell.random, cell.random_deviation, digits=digits)]
+                line += [format_value(cell.pixels, digits=digits), f"{cell.value - cell.random:+.{digits}f}"]
+        line += [f"{cell.value - first.value:+.{digits}f}" if first and cell else "-" for cell in row.cells[1:]]
         lines.append(line + [f"{row.paper[model]:.1f}" if model in row.paper else "-" for model in models])
     names = [f"{run}: {name}" for run, name in zip(letters, comparison.names, strict=True)]
-    notes = [PAPER_NOTE] * bool(models) + [f"warning: {warning}" for warning in comparison.warnings]
+    errors = [f"{RMSE}: an error, so less is better"] * any(row.lower_is_better for row in comparison.rows)
+    notes = [PAPER_NOTE] * bool(models) + errors + [f"warning: {warning}" for warning in comparison.warnings]
     return "\n".join([*(names if len(names) > 1 else []), *aligned(lines, numbers=range(3, len(lines[0]))), *notes])
 
 

@@ -50,6 +50,11 @@ class Heading:
         """Whether the values are errors."""
         return self.metric == RMSE
 
+    @property
+    def digits(self) -> int:
+        """Digits after the point that are shown."""
+        return 3 if self.metric == RMSE else 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement(Heading):
@@ -164,7 +169,7 @@ def format_table(tasks: list[TaskResult]) -> str:
     rows = [["label", "probe", "features", "trained", "random", "pixels", "margin over random", "head"]]
     for result in tasks:
         for features in dict.fromkeys(head["features"] for head in result.grid):
-            lower, digits = result.lower_is_better, 3 if result.lower_is_better else 2
+            lower, digits = result.lower_is_better, result.digits
             best, random = best_of(result.grid, features, lower=lower), random_values(result, features)
             points, deviations = margin(best["value"], random)
             pixels = (min if lower else max)(result.baselines["pixels"]["values"])
@@ -183,6 +188,10 @@ def format_table(tasks: list[TaskResult]) -> str:
         notes.append("random: mean ± deviation over the random encoders, sd in the margin is that deviation")
     if any(head.get("deviation") is not None for result in tasks for head in result.grid):
         notes.append("lowshot, trained: mean ± deviation over the draws of labelled images")
+    alone = {result.label: result for result in tasks if "position_alone" in result.extra}
+    for label, result in alone.items():
+        value = format_value(result.extra["position_alone"], digits=result.digits)
+        notes.append(f"{label}: a patch's position alone, without the image, gives {value} {result.unit}".rstrip())
     if any(result.lower_is_better for result in tasks):
         notes.append(f"{RMSE}: an error in the depth maps' own unit, so less is better and a margin below 0 a gain")
     return "\n".join(["", *aligned(rows, numbers=range(3, 7)), *notes])
