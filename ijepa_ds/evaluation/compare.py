@@ -27,6 +27,7 @@ PAPER = {
     ("transfer", "places205"): {"H/14": 58.4},
     ("transfer", "inat18"): {"H/14": 47.6},
 }
+DENSE = "dense_data"  # the option
 PAPER_NOTE = (
     "paper: I-JEPA ViT on ImageNet-1k (linear; lowshot: 1 % of the labels), CLEVR (count, depth) or the data named"
 )
@@ -117,6 +118,11 @@ def compare(runs: Sequence[Results], *, names: Sequence[str]) -> Comparison:
             sizes = task.train_images, task.validation_images
             cell = Cell(task.value, random, deviation, task.baseline("pixels")[0], *sizes)
             rows.setdefault((task.task, task.label, task.metric, task.unit), row).cells[index] = cell
+    # Of --task dense; a run without it has no such row.
+    folders = {str(folder): name for run, name in zip(runs, names, strict=True) if (folder := run.options.get(DENSE))}
+    if len(folders) > 1:
+        texts = ", ".join(f"{name} {folder}" for folder, name in folders.items())
+        warnings.append(f"the folders of dense data differ: {texts}")
     for row in rows.values():
         for what in ("train_images", "validation_images"):
             numbers = sorted({getattr(cell, what) for cell in row.cells if cell})
@@ -132,8 +138,7 @@ def _data(run: Results) -> str:
     for key in ("ijepa", "data"):  # a file that somebody has edited may hold anything there
         data = data.get(key) if isinstance(data, dict) else None
     data = data if isinstance(data, dict) else {}
-    dense = [str(folder)] if (folder := run.options.get("dense_data")) else []
-    return " + ".join([*(str(run.options.get(key) or data.get(key)) for key in ("train", "validation")), *dense])
+    return " + ".join(str(run.options.get(key) or data.get(key)) for key in ("train", "validation"))
 
 
 def format_comparison(comparison: Comparison, *, paper: bool) -> str:

@@ -113,8 +113,9 @@ class Scores:
 
     def _details(self, label: str, method: str, heads: list[Head]) -> tuple[dict[str, Any], list[list[int]] | None]:
         """What is written beside the values, and the confusion of pixels where there are not too many classes."""
-        position = next(head for probe, head in zip(self.probes, heads, strict=True) if probe.method == "position")
-        extra: dict[str, Any] = {"position_alone": position["value"]}
+        extra: dict[str, Any] = {}
+        if self.probes[-1].method == "position":
+            extra["position_alone"] = heads[-1]["value"]
         if label == DEPTH:
             return extra, None
         counts = self.confusions[self._best(label, method, heads)].cpu()

@@ -376,8 +376,6 @@ def refusals() -> dict[str, tuple[list[object], list[str]]]:
             ["no_weights.safetensors cannot be read"],
         ),
         "no seed": (["--checkpoint", run, *data, "--random-seeds", 0], ["--random-seeds = 0 must be at least 1"]),
-        "no dense folder": (["--checkpoint", run, "--task", "dense"], ["--task dense needs --dense-data"]),
-        "dense for nothing": (["--checkpoint", run, *data, "--dense-data", "x"], ["is of --task dense: add that task"]),
         "not a dense folder": (
             ["--checkpoint", run, "--task", "dense", "--dense-data", FOLDER],
             ["none of the known layouts", "annotations"],
@@ -441,7 +439,7 @@ def overflowing_run() -> Path:
 
 CASES = """no labels; no validation; missing run; no run; no checkpoint; config garbage; config empty; missing data;
 weights without config; weights of another size; no weights; no seed; no images; no preset; no such label; no count;
-no dense folder; dense for nothing; not a dense folder;
+not a dense folder;
 not a size; other classes; a class only in validation; broken run; broken run, augmented"""
 
 

@@ -49,7 +49,9 @@ class DenseTask:
         rows, rate = fitted_rows(setting, candidate, data, features, picked)
         truth, rows = truth_of(data, picked, device), rows.to(device)
         probes = fit_probes(setting, candidate, rows, truth)
-        scores = Scores([*probes, by_position(truth, data.grid[0] * data.grid[1])], truth, data, setting.process)
+        if candidate.name == "trained":  # it is the same beside any candidate
+            probes.append(by_position(truth, data.grid[0] * data.grid[1]))
+        scores = Scores(probes, truth, data, setting.process)
         score_images(setting, candidate, data, features, scores)
         if setting.process.is_main:
             if candidate.name == "trained":

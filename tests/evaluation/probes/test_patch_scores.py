@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ijepa_ds.evaluation.probes.patch_scores import (
     by_patch,
@@ -70,6 +71,9 @@ def test_scores_are_enlarged_bilinearly_before_the_class_is_chosen() -> None:
     # 0, 0, 1/8, 3/8, 5/8, 7/8, 1, 1, and 3 (1 - s) = s at s = 3/4: the border moves into the unsure patch.
     scores = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
     assert upsampled_classes(scores, (1, 2), (1, 8)).tolist() == [[0, 0, 0, 0, 0, 1, 1, 1]]
+    scores = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    enlarged = F.interpolate(scores.T.reshape(1, 5, 3, 4), size=(17, 9), mode="bilinear", align_corners=False)
+    assert torch.equal(upsampled_classes(scores, (3, 4), (17, 9)), enlarged[0].argmax(dim=0))
     rows = torch.eye(6)  # six patches, a class each, in 2 rows of 3
     assert upsampled_classes(rows, (2, 3), (2, 3)).tolist() == [[0, 1, 2], [3, 4, 5]]
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from ijepa_ds.build import build_encoder
 from ijepa_ds.config import parse_config
 from ijepa_ds.distributed import Process
+from ijepa_ds.errors import UserError
 from ijepa_ds.evaluation.candidates import candidates
-from ijepa_ds.evaluation.command import build_parser
+from ijepa_ds.evaluation.command import build_parser, check_options
 from ijepa_ds.evaluation.dense_data import DenseData
 from ijepa_ds.evaluation.dense_scores import Scores
 from ijepa_ds.evaluation.features import BrokenFeaturesError
@@ -203,6 +204,20 @@ def test_patches_are_drawn_by_the_seed_and_joined_in_order(folder: Path) -> None
     images = np.nonzero(few)[0]
     shares = [rows[np.isin(images, samples[rank::3])].numpy() for rank in range(3)]
     assert torch.equal(_joined(shares, samples, few), rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--task dense", "--task dense needs --dense-data: a folder of images with masks or depth maps"),
+        ("--dense-data x", "--dense-data is of --task dense: add that task, or leave the option out"),
+        ("--task dense --dense-data x --patches 0", "--patches = 0 must be at least 1; leave it out for the default"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(arguments: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_options(build_parser().parse_args(["--checkpoint", "x", *arguments.split()]))
+    assert str(caught.value) == says
 
 
 def test_features_that_are_no_numbers_are_refused(folder: Path) -> None:
