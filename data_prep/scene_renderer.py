@@ -253,3 +253,27 @@ def render(size: int, objects: np.ndarray, camera: np.ndarray, surfaces: np.ndar
                 color = colors[k, c] * (1.0 - mix) + colors[k, 3 + c] * mix
                 image[row // SAMPLES, column // SAMPLES, c] += (color * light + highlight) / SAMPLES**2
     return image
+
+
+@kernel
+def look(size: int, objects: np.ndarray, camera: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the pixels that :func:`render` draws show: class [S, S] and depth along the optical axis [S, S].
+
+    Classes: 0 the ground, 1 the wall, 2 + kind an object. Of a pixel's samples the nearest one decides both:
+    a mean would lie where nothing is.
+    """
+    width = size * SAMPLES
+    nearest, owner = np.full((width, width), np.inf), np.full((width, width), -1)
+    for k, o in enumerate(objects):
+        draw(k, o, camera, nearest, owner)
+    classes, depth = np.zeros((size, size), np.int64), np.full((size, size), np.inf)
+    for row in range(width):
+        for column in range(width):
+            _, dy, dz = ray(column, row, width, camera)
+            k, t = owner[row, column], nearest[row, column]
+            to_wall, to_ground = WALL_Y / dy, camera[HEIGHT] / -dz if dz < 0.0 else np.inf
+            shown = 2 + int(objects[k, KIND]) if k >= 0 else 0 if to_ground < to_wall else 1
+            away = (t if k >= 0 else min(to_ground, to_wall)) * (dy * camera[PITCH_COS] - dz * camera[PITCH_SIN])
+            if away < depth[row // SAMPLES, column // SAMPLES]:
+                classes[row // SAMPLES, column // SAMPLES], depth[row // SAMPLES, column // SAMPLES] = shown, away
+    return classes, depth

@@ -11,8 +11,9 @@ import argparse
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,9 +99,12 @@ def _add_options_of_tasks(parser: argparse.ArgumentParser) -> None:
     add("--split-list", metavar="FILE", help="instead: the labelled images' file names, one a line")
     add("--finetune", action="store_true", help="fine-tune the whole encoder, too")
     add("--finetune-lr", metavar="X", type=float, help="instead of 3e-5, the paper's for ImageNet")
+    add = parser.add_argument_group("--task dense").add_argument
+    add("--dense-data", metavar="FOLDER", help="images with masks or depth maps, in one of the layouts of the docs")
+    add("--patches", metavar="N", type=int, help="of the training images, to fit on (default 65536)")
 
 
-_COUNTS = "train-images validation-images random-seeds micro-batch epochs batch draws"
+_COUNTS = "train-images validation-images random-seeds micro-batch epochs batch draws patches"
 _NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # options, what they may be, and in words
     (_COUNTS, lambda number: number >= 1, "must be at least 1; leave it out for the default"),
     ("per-class", lambda number: number >= 1, "must be at least 1"),
@@ -108,8 +112,13 @@ _NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # options, w
     ("finetune-lr", lambda number: 0 < number < math.inf, "must be a number above 0"),
     ("crop-share", lambda number: 0 < number <= 1, "must be above 0 and at most 1"),
 )
+_NEEDED = {  # by a task, which option, and what it says
+    "transfer": ("preset", f"one of {', '.join(PRESETS)}, whose recipe is then used"),
+    "dense": ("dense-data", "a folder of images with masks or depth maps"),
+}
 _LOWSHOT = ("split-list", "per-class", "draws", "finetune", "finetune-lr")  # options of that task alone
-_DRAWN = ("per-class", "draws")  # of these, what a list makes meaningless
+_DENSE = ("dense-data", "patches")
+_DRAWN = ("per-class", "draws")  # of lowshot's, what a list makes meaningless
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -121,18 +130,24 @@ def check_options(options: argparse.Namespace) -> None:
             numbers = given[name] if isinstance(given[name], list) else [given[name]]
             if bad := [number for number in numbers if not accepts(number)]:
                 raise UserError(f"--{name} = {bad[0]} {sentence}")
-    few, drawn = ([name for name in names if name in given] for names in (_LOWSHOT, _DRAWN))
-    if "transfer" in options.task and options.preset is None:
-        raise UserError(f"--task transfer needs --preset: one of {', '.join(PRESETS)}, whose recipe is then used")
-    if few and "lowshot" not in options.task:
-        raise UserError(f"--{few[0]} is of --task lowshot: add that task, or leave the option out")
+    for task, (option, what) in _NEEDED.items():
+        if task in options.task and option not in given:
+            raise UserError(f"--task {task} needs --{option}: {what}")
+    for task, own in (("lowshot", _LOWSHOT), ("dense", _DENSE)):
+        if task not in options.task and (vain := [name for name in own if name in given]):
+            raise UserError(f"--{vain[0]} is of --task {task}: add that task, or leave the option out")
     if "finetune-lr" in given and not options.finetune:
         raise UserError("--finetune-lr is of no use without --finetune: add it")
-    if "split-list" in given and drawn:
+    if "split-list" in given:
+        _check_split_list(options.split_list, given)
+
+
+def _check_split_list(path: str, given: Collection[str]) -> None:
+    if drawn := [name for name in _DRAWN if name in given]:
         cure = f"so --{drawn[0]} has no meaning: leave one of them out"
         raise UserError(f"--split-list names the labelled images, {cure}")
-    if "split-list" in given and not Path(options.split_list).is_file():
-        raise UserError(f"--split-list {options.split_list} is not a file: give one image file name per line")
+    if not Path(path).is_file():
+        raise UserError(f"--split-list {path} is not a file: give one image file name per line")
 
 
 def evaluate(options: argparse.Namespace, subject: Subject) -> Results | None:
@@ -144,10 +159,13 @@ def evaluate(options: argparse.Namespace, subject: Subject) -> Results | None:
             said.add(line)
             print(line, flush=True)
 
-    data = LabelledData(options, config, process)
+    data = LabelledData(options, config, process) if set(options.task) != {"dense"} else None
     setting = Setting(options, config, data, process, say)
-    say(f"measuring {subject.describe()}; tasks: {', '.join(options.task)}; labels: {', '.join(data.fields)}")
-    prepared = {task: TASKS[task].prepare(setting) for task in options.task}  # before the first has run for hours
+    labels = f"; labels: {', '.join(data.fields)}" if data else ""
+    say(f"measuring {subject.describe()}; tasks: {', '.join(options.task)}{labels}")
+    prepared = dict[str, Any]()
+    for task in options.task:  # before the first has run for hours
+        prepared[task] = TASKS[task].prepare(setting)
     measured, dtype = defaultdict[str, list[Measurement]](list), computing_dtype(config, process)
     in_bf16 = working_dtype(config) == torch.bfloat16
     if warning := bf16_warning(in_bf16 and process.is_main, process.device, cure="the evaluation"):

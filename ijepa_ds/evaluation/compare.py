@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.evaluation.results import Heading, Results, aligned, format_value, read_results
+from ijepa_ds.evaluation.results import RMSE, Heading, Results, aligned, format_value, read_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,6 +27,7 @@ PAPER = {
     ("transfer", "places205"): {"H/14": 58.4},
     ("transfer", "inat18"): {"H/14": 47.6},
 }
+DENSE = "dense_data"  # the option
 PAPER_NOTE = (
     "paper: I-JEPA ViT on ImageNet-1k (linear; lowshot: 1 % of the labels), CLEVR (count, depth) or the data named"
 )
@@ -117,6 +118,11 @@ def compare(runs: Sequence[Results], *, names: Sequence[str]) -> Comparison:
             sizes = task.train_images, task.validation_images
             cell = Cell(task.value, random, deviation, task.baseline("pixels")[0], *sizes)
             rows.setdefault((task.task, task.label, task.metric, task.unit), row).cells[index] = cell
+    # Of --task dense; a run without it has no such row.
+    folders = {str(folder): name for run, name in zip(runs, names, strict=True) if (folder := run.options.get(DENSE))}
+    if len(folders) > 1:
+        texts = ", ".join(f"{name} {folder}" for folder, name in folders.items())
+        warnings.append(f"the folders of dense data differ: {texts}")
     for row in rows.values():
         for what in ("train_images", "validation_images"):
             numbers = sorted({getattr(cell, what) for cell in row.cells if cell})
@@ -144,16 +150,19 @@ def format_comparison(comparison: Comparison, *, paper: bool) -> str:
     lines = [["task", "label", "metric", *columns, *differences, *(f"paper {model}" for model in models)]]
     for row in comparison.rows:
         line, first = [row.task, row.label, f"{row.metric} {row.unit}".strip()], row.cells[0]
+        digits = row.digits
         for cell in row.cells:
             if cell is None:
                 line += ["-"] * 4
             else:
-                line += [format_value(cell.value), format_value(cell.random, cell.random_deviation)]
-                line += [format_value(cell.pixels), f"{cell.value - cell.random:+.2f}"]
-        line += [f"{cell.value - first.value:+.2f}" if first and cell else "-" for cell in row.cells[1:]]
+                line += [format_value(cell.value, digits=digits)]
+                line += [format_value(cell.random, cell.random_deviation, digits=digits)]
+                line += [format_value(cell.pixels, digits=digits), f"{cell.value - cell.random:+.{digits}f}"]
+        line += [f"{cell.value - first.value:+.{digits}f}" if first and cell else "-" for cell in row.cells[1:]]
         lines.append(line + [f"{row.paper[model]:.1f}" if model in row.paper else "-" for model in models])
     names = [f"{run}: {name}" for run, name in zip(letters, comparison.names, strict=True)]
-    notes = [PAPER_NOTE] * bool(models) + [f"warning: {warning}" for warning in comparison.warnings]
+    errors = [f"{RMSE}: an error, so less is better"] * any(row.lower_is_better for row in comparison.rows)
+    notes = [PAPER_NOTE] * bool(models) + errors + [f"warning: {warning}" for warning in comparison.warnings]
     return "\n".join([*(names if len(names) > 1 else []), *aligned(lines, numbers=range(3, len(lines[0]))), *notes])
 
 

@@ -31,7 +31,7 @@ def illustrate(results: Results, folder: Path, setting: Setting, *, step: int) -
 
         tasks = [task for task in results.tasks if task.task == "knn"]
         neighbours = functools.partial(_neighbours, tasks, setting) if tasks else None
-        pictures = draw_results(results, folder / "pictures", neighbours=neighbours)
+        pictures = draw_results(results, folder / "pictures", neighbours=neighbours, examples=setting.examples)
         if pictures:
             print(f"pictures in {folder / 'pictures'}: {', '.join(path.name for path in pictures)}", flush=True)
             with SummaryWriter(str(folder / "tensorboard" / "trained")) as writer:

@@ -8,6 +8,7 @@ Shapes: n images in use, B of a step on this process, H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -106,8 +107,15 @@ class AugmentedInputs(Inputs):
             rows = rows[len(mine) :]
 
 
+class Images(Protocol):
+    """Images by their numbers."""
+
+    def batches(self, samples: np.ndarray) -> Iterator[Tensor]:
+        """Those of ``samples`` in their order, uint8 [B, H, W, 3]."""
+
+
 def central_crops(
-    loader: ImageLoader, samples: np.ndarray, prepare: Callable[[Tensor], Tensor], process: Process
+    loader: Images, samples: np.ndarray, prepare: Callable[[Tensor], Tensor], process: Process
 ) -> Iterator[Tensor]:
     """This process's share of ``samples`` in order, [b, ...] as ``prepare`` makes them."""
     for images in on_device(loader.batches(samples[process.rank :: process.world_size]), process.device):

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 
 from ijepa_ds.errors import UserError
+from ijepa_ds.evaluation.dense_data import Example
+from ijepa_ds.evaluation.dense_folders import IGNORED
 from ijepa_ds.evaluation.results import Heading, Results, TaskResult
 
 # Okabe and Ito's colours, distinct for colour-blind readers too; cividis is even for them as well.
@@ -35,8 +39,16 @@ Labelled = tuple[np.ndarray, str]  # an image, uint8 [H, W, 3], and its label as
 Rows = Sequence[Sequence[Labelled]]  # each a query and its nearest training images
 
 
-def draw_results(results: Results, folder: Path, *, neighbours: Callable[[], Rows] | None) -> list[Path]:
+def draw_results(
+    results: Results,
+    folder: Path,
+    *,
+    neighbours: Callable[[], Rows] | None,
+    examples: Mapping[str, Sequence[Example]] | None = None,
+) -> list[Path]:
     """Draw all pictures of an evaluation into ``folder``, which is made, and return their paths.
+
+    ``examples`` are images with their truth and predictions, by the name of the picture that shows them.
 
     Heat maps are drawn of grids over learning rates and weight decays, of which other tasks have none. A picture that
     cannot be drawn or written is said in a line; for ``neighbours`` images are read, so this is done here.
@@ -44,6 +56,9 @@ def draw_results(results: Results, folder: Path, *, neighbours: Callable[[], Row
     figures: dict[str, Callable[[], Figure]] = {"baselines": partial(baseline_figure, results)}
     if neighbours is not None:
         figures["neighbours"] = lambda: neighbours_figure(neighbours())
+    classes: list[str] = next((task.extra["class_names"] for task in results.tasks if "iou" in task.extra), [])
+    for name, shown in (examples or {}).items():
+        figures[name] = partial(examples_figure, shown, classes)
     for task in results.tasks:
         name = f"{task.task}_{task.label}"
         if sum("lr" in head for head in task.grid) > 1:
@@ -116,7 +131,8 @@ def confusion_figure(task: TaskResult) -> Figure:
         names = [str(name) for name in task.extra.get("class_names") or range(num_classes)]
         axis.set_xticks(range(num_classes), names, rotation=45 if max(map(len, names)) > 3 else 0)
         axis.set_yticks(range(num_classes), names)
-    of_images = f"{int(counts.sum()):,} images, {100 * np.trace(counts) / max(counts.sum(), 1):.1f} % correct"
+    counted = task.extra.get("counted", "images")
+    of_images = f"{int(counts.sum()):,} {counted}, {100 * np.trace(counts) / max(counts.sum(), 1):.1f} % correct"
     axis.set_title(f"{task.title}: confusion of {of_images}", fontsize=11)
     axis.set(xlabel="predicted class", ylabel="true class")
     figure.colorbar(image, label="% of the true class", shrink=0.85)
@@ -160,6 +176,41 @@ def neighbours_figure(rows: Rows) -> Figure:
     return figure
 
 
+def examples_figure(examples: Sequence[Example], names: Sequence[str]) -> Figure:
+    """Each row an image, its truth and what each probe said: classes in colours with their ``names``, or depths.
+
+    Pixels without a class or depth are grey. All depths share one scale, near ones are bright.
+    """
+    columns = ["image", "truth", *examples[0].predictions]
+    figure = _figure(1.7 * len(columns) + 1.6, 1.75 * len(examples) + 0.5)
+    cells = figure.subplots(len(examples), len(columns), squeeze=False)
+    classes = examples[0].truth.dtype == np.uint8
+    truths = np.concatenate([example.truth.ravel() for example in examples])
+    if classes:
+        colours = colormaps["tab20"](np.arange(IGNORED + 1) % 20)[:, :3]
+        colours[IGNORED] = 0.55
+    else:
+        scale = Normalize(np.nanmin(truths), np.nanmax(truths))
+    for axes, example in zip(cells, examples, strict=True):
+        for axis, shown in zip(axes, (example.image, example.truth, *example.predictions.values()), strict=True):
+            axis.set(xticks=[], yticks=[], facecolor=LIGHT_GREY)
+            if shown is example.image:
+                axis.imshow(shown)
+            elif classes:
+                axis.imshow(colours[shown], interpolation="nearest")
+            else:
+                drawn = axis.imshow(shown, cmap="cividis_r", norm=scale, interpolation="nearest")
+    for axis, name in zip(cells[0], columns, strict=True):
+        axis.set_title(name, fontsize=9)
+    if not classes:
+        figure.colorbar(drawn, ax=cells[:, -1].tolist(), label="depth")
+        return figure
+    present = [k for k in np.unique(truths).tolist() if k != IGNORED][:MAX_ANNOTATED]
+    handles = [Patch(color=colours[k], label=names[k] if k < len(names) else str(k)) for k in present]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
 def baseline_figure(results: Results) -> Figure:
     """The trained encoder, random ones with their deviation, and raw pixels side by side for every task."""
     bars: dict[str, Heights] = {"this encoder": [task.value for task in results.tasks]}
@@ -170,24 +221,38 @@ def baseline_figure(results: Results) -> Figure:
 
 
 def bar_figure(rows: Sequence[Heading], bars: Bars, deviations: Heights, *, title: str) -> Figure:
-    """A group of bars for each of ``rows``, with their values; those called :data:`RANDOM` have ``deviations``."""
-    names = [row.title.replace(", ", "\n") for row in rows]
-    figure = _figure(max(5.5, 1.5 + len(names) * (0.5 + 0.55 * len(bars))), 4.4)
-    axis = figure.subplots()
+    """A group of bars for each of ``rows``, with their values; those called :data:`RANDOM` have ``deviations``.
+
+    Errors, which have another unit and of which less is better, stand on an axis of their own.
+    """
+    parts = [
+        part for errors in (False, True) if (part := [k for k, r in enumerate(rows) if r.lower_is_better == errors])
+    ]
+    widths = [0.7 + len(part) * (0.5 + 0.55 * len(bars)) for part in parts]
+    figure = _figure(max(5.5, 0.8 + sum(widths)), 4.4)
+    axes = figure.subplots(1, len(parts), squeeze=False, width_ratios=widths)[0]
+    for axis, part in zip(axes, parts, strict=True):
+        heights = {legend: [values[k] for k in part] for legend, values in bars.items()}
+        _draw_bars(axis, heights, [deviations[k] for k in part] if deviations else [], rows[part[0]].digits - 1)
+        axis.set_xticks(range(len(part)), [rows[k].title.replace(", ", "\n") for k in part], fontsize=9)
+        axis.set_ylabel(", ".join(sorted({rows[k].unit or f"{rows[k].metric}, less is better" for k in part})))
+    title = title if len(title) < 90 else "…" + title[-88:]
+    axes[0].set_title(title, fontsize=11) if len(parts) == 1 else figure.suptitle(title, fontsize=11)
+    handles, legends = axes[0].get_legend_handles_labels()
+    figure.legend(handles, legends, loc="outside lower center", ncols=min(4, len(bars)), frameon=False)
+    return figure
+
+
+def _draw_bars(axis: Axes, bars: Bars, deviations: Heights, digits: int) -> None:
     width, colours = 0.8 / len(bars), itertools.cycle(PALETTE)
     for number, (legend, values) in enumerate(bars.items()):
         heights = np.array(values, float)  # None becomes NaN
-        places = np.arange(len(names)) + (number - (len(bars) - 1) / 2) * width
+        places = np.arange(len(heights)) + (number - (len(bars) - 1) / 2) * width
         spread, colour = ([value or 0.0 for value in deviations], GREY) if legend == RANDOM else (None, next(colours))
         drawn = axis.bar(places, heights, width * 0.92, color=colour, label=legend, yerr=spread, capsize=3)
-        axis.bar_label(drawn, fmt="%.1f", padding=2, fontsize=8)
-    axis.set_xticks(range(len(names)), names, fontsize=9)
-    axis.set_ylabel(", ".join(sorted({row.unit for row in rows})))
+        axis.bar_label(drawn, fmt=f"%.{digits}f", padding=2, fontsize=8)
     axis.margins(y=0.12)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(title if len(title) < 90 else "…" + title[-88:], fontsize=11)
-    figure.legend(loc="outside lower center", ncols=min(4, len(bars)), frameon=False)
-    return figure
 
 
 def _figure(width: float, height: float) -> Figure:

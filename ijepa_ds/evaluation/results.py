@@ -19,7 +19,8 @@ from ijepa_ds.files import replacing
 from ijepa_ds.validation import NotJSON, load_json, reason
 
 Head = dict[str, Any]  # its "features", what else it was trained with, and the "value" that it reached
-NOT_OF_THE_HEAD = ("features", "value", "deviation", "values")  # the last two: where "value" is a mean over draws
+NOT_OF_THE_HEAD = ("features", "value", "deviation", "values", "pixel_accuracy")  # results, and not of its making
+RMSE = "RMSE"  # the metric of which less is better
 
 
 class Baseline(TypedDict, total=False):
@@ -43,6 +44,16 @@ class Heading:
     def title(self) -> str:
         """The name of the task, and the label's where that says more."""
         return self.task if self.label in ("label", self.task) else f"{self.task}, {self.label}"
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the values are errors."""
+        return self.metric == RMSE
+
+    @property
+    def digits(self) -> int:
+        """Digits after the point that are shown."""
+        return 3 if self.metric == RMSE else 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,23 +128,26 @@ def combine(measured: Mapping[str, list[Measurement]]) -> list[TaskResult]:
             seeds = [seed for seed in measured.get(name, []) if (seed.task, seed.label) == key]
             assert seeds, f"{key} has no baseline '{name}'"
             grids = [seed.grid for seed in seeds]
-            baselines[name] = {"values": [best_of(grid)["value"] for grid in grids], "grids": grids}
+            values = [best_of(grid, lower=trained.lower_is_better)["value"] for grid in grids]
+            baselines[name] = {"values": values, "grids": grids}
             if "mean_absolute_error" in trained.extra:
                 baselines[name]["mean_absolute_error"] = [seed.extra["mean_absolute_error"] for seed in seeds]
-        best = best_of(trained.grid)
+        best = best_of(trained.grid, lower=trained.lower_is_better)
         head = {key: value for key, value in best.items() if key not in ("value", "values")}
         results.append(TaskResult(**vars(trained), value=best["value"], best_head=head, baselines=baselines))
     return results
 
 
-def best_of(grid: list[Head], features: str | None = None) -> Head:
-    """The head of the highest value, among those on ``features`` if given."""
-    return max((head for head in grid if features in (None, head["features"])), key=lambda head: head["value"])
+def best_of(grid: list[Head], features: str | None = None, *, lower: bool = False) -> Head:
+    """The head of the highest value, or of the ``lower``, among those on ``features`` if given."""
+    best = min if lower else max
+    return best((head for head in grid if features in (None, head["features"])), key=lambda head: head["value"])
 
 
 def random_values(result: TaskResult, features: str) -> list[float]:
     """The best value of each random encoder, among the heads on ``features``."""
-    return [best_of(grid, features)["value"] for grid in result.baselines["random"]["grids"]]
+    lower = result.lower_is_better
+    return [best_of(grid, features, lower=lower)["value"] for grid in result.baselines["random"]["grids"]]
 
 
 def margin(value: float, random: list[float]) -> tuple[float, float | None]:
@@ -155,21 +169,31 @@ def format_table(tasks: list[TaskResult]) -> str:
     rows = [["label", "probe", "features", "trained", "random", "pixels", "margin over random", "head"]]
     for result in tasks:
         for features in dict.fromkeys(head["features"] for head in result.grid):
-            best, random = best_of(result.grid, features), random_values(result, features)
+            lower, digits = result.lower_is_better, result.digits
+            best, random = best_of(result.grid, features, lower=lower), random_values(result, features)
             points, deviations = margin(best["value"], random)
-            pixels = max(result.baselines["pixels"]["values"])
+            pixels = (min if lower else max)(result.baselines["pixels"]["values"])
             numbers = (best["value"], best.get("deviation")), mean_and_deviation(random), (pixels, None)
             head = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in best.items()}
             mark = "*" if features == result.best_head["features"] else " "
             rows.append([result.label, result.task, features + mark])
-            rows[-1] += [f"{format_value(*number)} {result.unit}" for number in numbers]
-            rows[-1].append(f"{points:+.1f} points" + (f" = {deviations:+.1f} sd" if deviations is not None else ""))
+            rows[-1] += [f"{format_value(*number, digits=digits)} {result.unit}".rstrip() for number in numbers]
+            rows[-1].append(
+                (f"{points:+.3f}" if lower else f"{points:+.1f} points")
+                + (f" = {deviations:+.1f} sd" if deviations is not None else "")
+            )
             rows[-1].append(" ".join(f"{key} {head[key]}" for key in head if key not in NOT_OF_THE_HEAD))
     notes = ["", "* is reported; each number is the best of its own heads"]
     if any(len(result.baselines["random"]["values"]) > 1 for result in tasks):
         notes.append("random: mean ± deviation over the random encoders, sd in the margin is that deviation")
     if any(head.get("deviation") is not None for result in tasks for head in result.grid):
         notes.append("lowshot, trained: mean ± deviation over the draws of labelled images")
+    alone = {result.label: result for result in tasks if "position_alone" in result.extra}
+    for label, result in alone.items():
+        value = format_value(result.extra["position_alone"], digits=result.digits)
+        notes.append(f"{label}: a patch's position alone, without the image, gives {value} {result.unit}".rstrip())
+    if any(result.lower_is_better for result in tasks):
+        notes.append(f"{RMSE}: an error in the depth maps' own unit, so less is better and a margin below 0 a gain")
     return "\n".join(["", *aligned(rows, numbers=range(3, 7)), *notes])
 
 
@@ -180,6 +204,7 @@ def aligned(rows: list[list[str]], numbers: range) -> list[str]:
     return [layout.format(*row).rstrip() for row in rows]
 
 
-def format_value(value: float | None, deviation: float | None = None) -> str:
+def format_value(value: float | None, deviation: float | None = None, *, digits: int = 2) -> str:
     """``71.20 ± 0.35``, ``71.20`` of a single one, or a dash of none."""
-    return "-" if value is None else f"{value:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
+    spread = "" if deviation is None else f" ± {deviation:.{digits}f}"
+    return "-" if value is None else f"{value:.{digits}f}{spread}"

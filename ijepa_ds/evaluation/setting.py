@@ -17,6 +17,7 @@ from ijepa_ds.distributed import Process
 from ijepa_ds.errors import UserError, some
 from ijepa_ds.evaluation.candidates import Candidate
 from ijepa_ds.evaluation.data import LabelledData
+from ijepa_ds.evaluation.dense_data import Example
 from ijepa_ds.evaluation.features import extract_features
 from ijepa_ds.evaluation.inputs import AugmentedInputs, CachedInputs
 from ijepa_ds.evaluation.labels import CLEVR_EDGES, KEPT_CLASSES, Classes, binned, classes_of
@@ -31,15 +32,22 @@ class Setting:
 
     options: argparse.Namespace
     config: Config
-    data: LabelledData
+    labelled: LabelledData | None  # None where --task dense alone was asked for, which has images of its own
     process: Process
     say: Callable[[str], None] = print
 
     def __post_init__(self) -> None:
+        self.examples: dict[str, list[Example]] = {}  # by picture, of --task dense
         self._progress: Progress | None = None
         self._owner: Candidate | None = None  # whose features are kept
         self._features: dict[tuple[str, float, bool], Tensor] = {}
         self._extracted = 0, 0.0  # images, seconds, of this candidate
+
+    @property
+    def data(self) -> LabelledData:
+        """The labelled images."""
+        assert self.labelled is not None, "a task asks for labelled images that were not opened"
+        return self.labelled
 
     @property
     def seed(self) -> int:

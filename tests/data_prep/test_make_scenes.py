@@ -110,6 +110,29 @@ def test_the_layout_is_that_of_clevr(small_set: Path) -> None:
             assert np.array_equal(cv2.imread(str(path))[..., ::-1], expected)
 
 
+def test_dense_truth_stands_beside_the_same_images(small_set: Path, tmp_path: Path) -> None:
+    make_scenes.make_scenes(tmp_path / "dense", **SMALL, dense=True)
+    dense, plain = files_of(tmp_path / "dense"), files_of(small_set)
+    images = {name for name in plain if name.startswith("images/")}
+    assert {name: dense[name] for name in images} == {name: plain[name] for name in images}
+    assert (tmp_path / "dense" / "classes.txt").read_text().split() == list(make_scenes.CLASSES)
+    for name in images:
+        mask, depth = (
+            cv2.imread(str(tmp_path / "dense" / name.replace("images", kind)), cv2.IMREAD_UNCHANGED)
+            for kind in ("masks", "depth")
+        )
+        split, index = name.split("/")[1], int(name[-10:-4])
+        objects = render_scene(7, split, index, 32)[1]["objects"]
+        assert (mask.dtype, depth.dtype, mask.shape, depth.shape) == (np.uint8, np.uint16, (32, 32), (32, 32))
+        shapes = {make_scenes.CLASSES[k] for k in np.unique(mask)} - {"ground", "wall"}
+        assert shapes == {entry["shape"] for entry in objects}
+        # The nearest point of the nearest object is before its centre, by no more than the largest bound of a shape.
+        nearest = min(entry["pixel_coords"][2] for entry in objects)
+        assert nearest - 1.75 * 1.5 < depth[mask >= 2].min() / 1000 < nearest
+    with pytest.raises(UserError, match=r'not.*"dense": true'):
+        make_scenes.make_scenes(small_set, **SMALL, dense=True)
+
+
 def test_workers_change_nothing_and_a_bigger_set_begins_with_the_smaller(small_set: Path, tmp_path: Path) -> None:
     two = tmp_path / "two"
     make_scenes.make_scenes(two, **(SMALL | {"workers": 2}))

@@ -25,6 +25,7 @@ from distributed_runs import (
     write_beton,
     write_config,
 )
+from made_up_masks import write_dense_folder
 from safetensors.torch import load_file
 
 from ijepa_ds.engine.checkpoint_files import open_checkpoint, state_json
@@ -44,6 +45,11 @@ def trained() -> TrainingRun:
 @once
 def validation_beton() -> Path:
     return write_beton(FOLDER / "validation.beton", num_images=40)
+
+
+@once
+def dense_folder() -> Path:
+    return write_dense_folder(FOLDER / "dense", train=7, val=5)
 
 
 def evaluate(*arguments: object) -> tuple[int, str]:
@@ -177,7 +183,7 @@ def released_names() -> dict[str, torch.Tensor]:
 
 
 GRIDS = (
-    *("--task", "linear", "depth", "transfer", "lowshot", "attentive", "--preset", "cifar100", "--epochs", 3),
+    *("--task", "linear", "depth", "transfer", "lowshot", "attentive", "dense", "--preset", "cifar100", "--epochs", 3),
     *("--random-seeds", 1, "--per-class", 3, "--draws", 2, "--finetune", "--finetune-lr", 1e-3, "--no-pictures"),
 )
 
@@ -185,7 +191,7 @@ GRIDS = (
 @once
 def grids() -> Results:
     out = FOLDER / "grids"
-    data = ("--train", train_beton(), "--validation", validation_beton(), "--out", out)
+    data = ("--train", train_beton(), "--validation", validation_beton(), "--dense-data", dense_folder(), "--out", out)
     code, output = run_command_forked("evaluate", "--checkpoint", trained().folder, *data, *GRIDS)
     assert code == 0, output
     assert not (out / "pictures").exists() and "%" not in output[: output.index("margin")]
@@ -244,6 +250,23 @@ def test_attentive_probes() -> None:
     assert task.baselines["pixels"]["values"][0] > 80 and sum(map(sum, task.confusion)) == 40
 
 
+def test_dense_probes_of_patches() -> None:
+    tasks = {(task.task, task.label): task for task in grids().tasks if task.task.startswith("dense")}
+    assert tasks.keys() == set(itertools.product(("dense_linear", "dense_knn"), ("segmentation", "depth")))
+    for (method, label), task in tasks.items():
+        assert (task.train_images, task.validation_images, task.extra["patches"]) == (7, 5, 7 * 64)
+        assert [head["features"] for head in task.grid] == (["last", "last4"] if method == "dense_linear" else ["last"])
+        (pixels,), better = task.baselines["pixels"]["values"], min if label == "depth" else max
+        assert task.value == better(head["value"] for head in task.grid)
+        if label == "depth":
+            assert (task.metric, task.unit) == ("RMSE", "") and pixels < 0.7 < task.extra["position_alone"]
+        else:
+            assert (task.metric, task.unit) == ("mean IoU", "%") and pixels > 85 > task.extra["position_alone"]
+            assert sum(map(sum, task.confusion)) == 5 * 32 * 32
+            hits, row, column = task.confusion[1][1], task.confusion[1], [row[1] for row in task.confusion]
+            assert task.extra["iou"][1] == pytest.approx(100 * hits / (sum(row) + sum(column) - hits), abs=1e-4)
+
+
 def test_scalars_for_tensorboard() -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -268,7 +291,7 @@ def evaluate_on_ranks(arguments: list[str]) -> None:
 
 def test_two_processes_measure_what_one_does() -> None:
     out = FOLDER / "grids_of_two"
-    data = ("--train", train_beton(), "--validation", validation_beton(), "--out", out)
+    data = ("--train", train_beton(), "--validation", validation_beton(), "--dense-data", dense_folder(), "--out", out)
     # As `deepspeed --module ijepa_ds evaluate ...` starts them; __main__ has taken the launcher's option away.
     run_ranks(evaluate_on_ranks, 2, list(map(str, ("--checkpoint", trained().folder, *data, *GRIDS))))
     both = read_results(out / "results.json")
@@ -353,6 +376,10 @@ def refusals() -> dict[str, tuple[list[object], list[str]]]:
             ["no_weights.safetensors cannot be read"],
         ),
         "no seed": (["--checkpoint", run, *data, "--random-seeds", 0], ["--random-seeds = 0 must be at least 1"]),
+        "not a dense folder": (
+            ["--checkpoint", run, "--task", "dense", "--dense-data", FOLDER],
+            ["none of the known layouts", "annotations"],
+        ),
         "no preset": (["--checkpoint", run, *data, "--task", "transfer"], ["--preset", "cifar100"]),
         "no such label": (["--checkpoint", run, *data, "--label", "size"], ["no label field 'size'", "label, depth"]),
         "no count": (["--checkpoint", run, *data, "--task", "count"], ["no label field 'count'", "--label"]),
@@ -412,6 +439,7 @@ def overflowing_run() -> Path:
 
 CASES = """no labels; no validation; missing run; no run; no checkpoint; config garbage; config empty; missing data;
 weights without config; weights of another size; no weights; no seed; no images; no preset; no such label; no count;
+not a dense folder;
 not a size; other classes; a class only in validation; broken run; broken run, augmented"""
 
 

@@ -128,3 +128,15 @@ def test_what_leads_to_no_results_or_picture_is_refused(tmp_path: Path) -> None:
     results_of().write(file)
     with pytest.raises(UserError, match="cannot write"):
         main([str(file), "--plot", str(tmp_path / "taken" / "bars.png")])
+
+
+def test_errors_are_shown_to_three_digits_and_said_to_be_errors() -> None:
+    error = {"metric": "RMSE", "unit": "", "baselines": {"random": {"values": [0.5]}, "pixels": {"values": [2.0]}}}
+    runs = [results_of(tasks=[task("dense_knn", "depth", value, **error)]) for value in (0.4321, 0.4)]
+    for run, folder in zip(runs, ("one", "other"), strict=True):
+        run.options["dense_data"] = folder
+    comparison = compare(runs, names=["x", "y"])
+    text = format_comparison(comparison, paper=False)
+    assert "RMSE" in text and "0.432" in text and "-0.068" in text and "-0.032" in text and "less is better" in text
+    assert comparison.warnings == ["the folders of dense data differ: x one, y other"]
+    assert "less is better" not in format_comparison(compare([results_of()], names=["x"]), paper=False)

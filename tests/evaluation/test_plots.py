@@ -152,3 +152,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest
         save(baseline_figure(results_of(task_of())), tmp_path / "file" / "baselines.png")
     assert draw_results(results_of(task_of()), tmp_path / "file", neighbours=None) == []
     assert capsys.readouterr().out.count("is missing: cannot write") == 3
+
+
+def test_errors_stand_on_an_axis_of_their_own() -> None:
+    error = {"metric": "RMSE", "unit": "", "value": 0.875, "confusion": None}
+    figure = baseline_figure(results_of(task_of("dense_knn", "depth", **error), task_of()))
+    shares, errors = figure.axes
+    assert (shares.get_ylabel(), errors.get_ylabel()) == ("%", "RMSE, less is better")
+    bars = [[bar.get_height() for bar in axis.containers[0]] for axis in (shares, errors)]
+    assert bars == [[71.2], [0.875]] and "0.88" in texts(errors) and len(figure.legends[0].get_texts()) == 3
+    assert [label.get_text() for label in errors.get_xticklabels()] == ["dense_knn\ndepth"]
+
+
+def test_a_confusion_of_pixels_says_so() -> None:
+    figure = confusion_figure(task_of(extra={"counted": "pixels"}))
+    assert "20 pixels, 85.0 % correct" in figure.axes[0].get_title()

@@ -172,3 +172,20 @@ def test_confusion_counts_images_by_true_class_then_prediction() -> None:
     assert classes.confusion(torch.tensor([0, 1, 1, 1, 0])) == [[1, 1], [1, 2]]
     many = Classes(classes.train, classes.validation, [str(k) for k in range(101)])
     assert many.confusion(classes.validation) is None
+
+
+def test_of_errors_the_least_is_the_best() -> None:
+    def depth(*values: float, names: tuple[str, ...] = ("last", "last4")) -> Measurement:
+        changes = {"metric": "RMSE", "unit": "", "extra": {"position_alone": 1.5}}
+        return dataclasses.replace(measurement(*values, names=names), **changes)
+
+    pixels = depth(4.0, 3.5, names=("pixels", "pixels"))
+    (result,) = combine(
+        {"trained": [depth(0.8, 0.7)], "random": [depth(0.9, 1.1), depth(1.3, 1.0)], "pixels": [pixels]}
+    )
+    assert result.lower_is_better and (result.value, result.best_head["features"]) == (0.7, "last4")
+    assert result.baselines["random"]["values"] == [0.9, 1.0] and result.baselines["pixels"]["values"] == [3.5]
+    assert random_values(result, "last4") == [1.1, 1.0]
+    table = format_table([result])
+    assert "0.700 1.050 ± 0.071 3.500 -0.350 = -4.9 sd" in " ".join(table.split()) and "%" not in table
+    assert "depth: a patch's position alone, without the image, gives 1.500" in table and "less is better" in table

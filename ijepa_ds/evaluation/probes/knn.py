@@ -38,14 +38,23 @@ def nearest_neighbours(
 @torch.no_grad()
 def vote(cosine: Tensor, labels: Tensor, *, k: int, temperature: float = TEMPERATURE) -> Tensor:
     """The class [q] that the first k neighbours give each query, from their cosine and their labels [q, all]."""
-    # Relative to the nearest: the same vote, and no overflow at a small temperature.
-    weights = ((cosine[:, :k] - cosine[:, :1]) / temperature).exp()
+    weights = weights_of(cosine[:, :k], temperature)
     num_classes, classes = int(labels.max()) + 1, []
     chunk = max(1, CHUNK_ELEMENTS // num_classes)
     for part, part_labels in zip(weights.split(chunk), labels[:, :k].split(chunk), strict=True):
-        votes = torch.zeros(len(part), num_classes, device=part.device).scatter_add_(1, part_labels, part)
-        classes.append(votes.argmax(dim=1))
+        classes.append(votes(part, part_labels, num_classes).argmax(dim=1))
     return torch.cat(classes)
+
+
+def weights_of(cosine: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """How much each neighbour counts, [q, k], by its cosine; nearest first."""
+    # Relative to the nearest: the same vote, and no overflow at a small temperature.
+    return ((cosine - cosine[:, :1]) / temperature).exp()
+
+
+def votes(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """The sum of the neighbours' ``weights`` [q, k] for each class of their ``labels`` [q, k]: [q, C]."""
+    return torch.zeros(len(weights), num_classes, device=weights.device).scatter_add_(1, labels, weights)
 
 
 def usable(ks: Sequence[int], bank_size: int, say: Callable[[str], None]) -> list[int]:

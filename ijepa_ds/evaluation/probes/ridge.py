@@ -6,6 +6,7 @@ Shapes: n training, m validation rows (one an image), D features, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,23 +17,38 @@ from ijepa_ds.evaluation.probes.standardise import Standardised, standardise
 STRENGTHS = (1e2, 1e1, 1e0, 1e-1, 1e-2, 1e-3, 1e-4)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class RidgeFit:
+    """A linear prediction of standardised rows."""
+
+    l2: float
+    weight: Tensor  # [D]
+    mean: Tensor  # of the training values, not penalised
+
+    def predict(self, rows: Tensor) -> Tensor:
+        """Rows [m, D], as :meth:`Standardised.apply` gives them -> [m]."""
+        return rows @ self.weight + self.mean
+
+
 def ridge_regression(
     train: Standardised, values: Tensor, rows: Tensor, *, strengths: Sequence[float] = STRENGTHS
 ) -> tuple[float, Tensor]:
+    """What :func:`fit_ridge` chooses, and its predictions [m] of ``rows`` [m, D]."""
+    fit = fit_ridge(train, values, strengths=strengths)
+    return fit.l2, fit.predict(rows)
+
+
+@torch.no_grad()
+def fit_ridge(train: Standardised, values: Tensor, *, strengths: Sequence[float] = STRENGTHS) -> RidgeFit:
     """Linear regression in closed form: mean squared error + l2 * |weight|^2.
 
     In scikit-learn's terms alpha = l2 * n. The strength is that of least squared error on each training image when it
     is left out, which the eigendecomposition of all of them tells (Golub, Heath, Wahba 1979, Technometrics 21).
 
     Args:
-        train: float64 rows [n, D].
-        values: [n] of these, float64.
-        rows: [m, D] to predict, as :meth:`Standardised.apply` gives them.
+        train: rows [n, D], best in float64.
+        values: [n] of these, of the same type.
         strengths: values of l2 to choose from.
-
-    Returns:
-        The strength, and the predictions [m].
     """
     mean = values.mean()
     correlation = train.rows.T @ (values - mean) / len(values)  # [D]
@@ -43,7 +59,7 @@ def ridge_regression(
         left_out = (values - mean - train.rows @ weights[l2]) / (1 - leverage).clamp_min(1e-9)
         errors[l2] = float(left_out.square().mean())
     best = min(strengths, key=lambda l2: errors[l2])
-    return best, rows @ weights[best] + mean
+    return RidgeFit(best, weights[best], mean)
 
 
 @torch.no_grad()

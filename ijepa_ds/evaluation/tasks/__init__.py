@@ -16,6 +16,7 @@ from ijepa_ds.evaluation.probes.recipes import COUNT, DEPTH
 from ijepa_ds.evaluation.results import Measurement
 from ijepa_ds.evaluation.setting import Setting, any_classes, class_fields, depth_bins, integer_classes, own_field
 from ijepa_ds.evaluation.tasks.attentive import attentive
+from ijepa_ds.evaluation.tasks.dense import DenseTask
 from ijepa_ds.evaluation.tasks.feature_probes import knn, logistic
 from ijepa_ds.evaluation.tasks.head_grids import head_grids, linear, transfer
 from ijepa_ds.evaluation.tasks.lowshot import few_labels, lowshot
@@ -34,7 +35,7 @@ class Task:
         return {field: self.classes(setting, field) for field in self.fields(setting)}
 
 
-TASKS = {
+TASKS: dict[str, Task | DenseTask] = {
     "logistic": Task(logistic, Setting.fields),
     "knn": Task(knn, Setting.fields),
     "linear": Task(linear),
@@ -49,5 +50,6 @@ TASKS = {
     "transfer": Task(transfer),
     "lowshot": Task(lowshot, classes=few_labels),
     "attentive": Task(attentive),
+    "dense": DenseTask(),
 }
 DEFAULT_TASKS = ("logistic", "knn")
