@@ -74,24 +74,17 @@ def main(arguments: list[str] | None = None, commands: Commands | None = None) -
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """All options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", type=Path, metavar="GRID.json", help="a file of benchmarks/recipes/")
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="for the runs NAME_seedN, jobs/ (their logs) and table.md"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=JSON", help="for all runs, such as ijepa.data.train=FILE"
-    )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="at a time, with one thread each (default 1)")
-    parser.add_argument("--only", nargs="+", metavar="RECIPE", help="of these recipes")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the file's")
-    parser.add_argument(
-        "--clock", choices=list(recipe_table.SECONDS), default="processor", help="what costs are told by"
-    )
-    parser.add_argument(
-        "--every", type=float, default=60.0, metavar="SECONDS", help="between lines on the progress (default 60)"
-    )
-    parser.add_argument("--only-table", action="store_true", help="of what is finished; nothing is run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    add_argument = parser.add_argument
+    add_argument("grid", type=Path, metavar="GRID.json", help="a file of benchmarks/recipes/")
+    add_argument("--folder", type=Path, required=True, help="for the runs NAME_seedN, jobs/ (their logs) and table.md")
+    add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="for all runs: ijepa.data.train=FILE")
+    add_argument("--jobs", type=int, default=1, metavar="N", help="at a time, with one thread each (default 1)")
+    add_argument("--only", nargs="+", metavar="RECIPE", help="of these recipes")
+    add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the file's")
+    add_argument("--clock", choices=list(recipe_table.SECONDS), default="processor", help="what costs are told by")
+    add_argument("--every", type=float, default=60.0, metavar="SECONDS", help="between lines on progress (default 60)")
+    add_argument("--only-table", action="store_true", help="of what is finished; nothing is run")
+    add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         raise UserError(f"--jobs = {options.jobs} must be at least 1")
