@@ -41,6 +41,7 @@ from ffcv.pipeline.compiler import Compiler
 from ffcv.reader import Reader
 from ffcv.transforms import ToTensor
 
+from ijepa_ds.data.crops import Crops
 from ijepa_ds.data.pretraining_loader import PretrainingLoader
 from ijepa_ds.method.masks import MultiblockSampler
 
@@ -126,8 +127,7 @@ def our_loader(dataset: Dataset, workers: int, batch: int) -> PretrainingLoader:
         dataset,
         MultiblockSampler(seed=0, grid=GRID, context_tokens=CONTEXT_TOKENS),
         image_size=SIZE,
-        crop_scale=SCALE,
-        crop_ratio=RATIO,
+        crops=Crops(SCALE, RATIO),
         global_batch=batch,
         micro_batch=batch,
         num_workers=workers,

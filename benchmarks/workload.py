@@ -50,6 +50,7 @@ class MadeUpBatch:
     images: Tensor  # uint8 [B, H, W, 3]
     context_block: Tensor  # int64 [B, K]
     target_blocks: Tensor  # int64 [M, B, T]
+    keys: Tensor | None = None
 
 
 def config_of(name: str, **changes: Any) -> Config:

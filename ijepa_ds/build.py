@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from ijepa_ds.method.ijepa import IJEPA, normalize_images
 from ijepa_ds.method.masks import MaskSampler, MultiblockSampler, ReferenceSampler, default_context_tokens
 from ijepa_ds.method.predictor import Predictor
 from ijepa_ds.method.schedules import Schedules, build_schedules
+from ijepa_ds.method.vicreg import VarianceCovariance
 from ijepa_ds.stage_balance import bubble
 
 if TYPE_CHECKING:  # ffcv need not be there to plan a run
@@ -61,6 +63,7 @@ def build_sampler(config: Config) -> MaskSampler:
         "target_scale": masks.target_scale,
         "target_aspect_ratio": masks.target_aspect_ratio,
         "context_scale": masks.context_scale,
+        "predict_share": config.ijepa.objective.predict_share,
     }
     if masks.sampler == "reference":
         if config.ijepa.compile:
@@ -96,11 +99,27 @@ def build_ijepa(config: Config) -> IJEPA:
         depth=model.predictor_depth,
         heads=model.predictor_heads or encoder_dimensions(config).heads,
         activation_checkpointing=model.activation_checkpointing,
+        stochastic_positions=model.stochastic_positions,
         generator=generator,
     )
-    ijepa = IJEPA(encoder, predictor)
+    ijepa = IJEPA(encoder, predictor, build_regulariser(config, encoder.embed_dim, generator))
     set_attention(ijepa, fused=torch.cuda.is_available())
     return ijepa
+
+
+def build_regulariser(config: Config, width: int, generator: torch.Generator) -> VarianceCovariance | None:
+    """What the loss adds to the prediction, if anything; its weights are drawn after all others."""
+    objective = config.ijepa.objective
+    if not objective.vicreg:
+        return None
+    return VarianceCovariance(
+        width,
+        hidden=objective.vicreg_width,
+        group=objective.vicreg_group,
+        variance=objective.vicreg * objective.vicreg_variance,
+        covariance=objective.vicreg * objective.vicreg_covariance,
+        generator=generator,
+    )
 
 
 def build_target(config: Config) -> VisionTransformer:
@@ -120,6 +139,8 @@ def input_of_encoder(config: Config, device: torch.device, dtype: torch.dtype) -
 
 def build_loader(config: Config, dataset: Dataset, sampler: MaskSampler, reader: Reader) -> PretrainingLoader:
     """The pretraining loader of this process's share of each batch."""
+    from ijepa_ds.data.crops import Crops
+    from ijepa_ds.data.ffcv_pipeline import Draws
     from ijepa_ds.data.pretraining_loader import PretrainingLoader
 
     data = config.ijepa.data
@@ -127,12 +148,12 @@ def build_loader(config: Config, dataset: Dataset, sampler: MaskSampler, reader:
         dataset,
         sampler,
         image_size=data.image_size,
-        crop_scale=data.crop_scale,
-        crop_ratio=data.crop_ratio,
+        crops=Crops(data.crop_scale, data.crop_ratio, data.flip),
         global_batch=config.global_batch,
         micro_batch=config.micro_batch // config.ijepa.pipeline.stages,
         share=(reader.data_rank, reader.data_ranks),
         num_workers=data.workers,
+        draws=Draws(config.ijepa.objective.contexts, config.ijepa.model.stochastic_positions > 0),
     )
 
 
@@ -150,8 +171,21 @@ def is_multiblock(config: Config) -> bool:
 
 def schedules_of(config: Config, steps_per_epoch: int) -> Schedules:
     """The schedules of a config in steps."""
-    recipe = config.ijepa.optimization.model_dump(exclude={"betas", "eps"})
-    return build_schedules(steps_per_epoch=steps_per_epoch, **recipe)
+    optimization = config.ijepa.optimization
+    recipe = optimization.model_dump(exclude={"betas", "eps", "schedule", "cooldown_epochs"})
+    schedules = build_schedules(steps_per_epoch=steps_per_epoch, **recipe)
+    if optimization.schedule == "cosine":
+        return schedules
+    return dataclasses.replace(schedules, cooldown_steps=int(optimization.cooldown_epochs * steps_per_epoch))
+
+
+def check_target_layers(config: Config) -> None:
+    """Refuse targets of more blocks than the encoder has."""
+    layers, depth = config.ijepa.objective.target_layers, encoder_dimensions(config).depth
+    if layers > depth:
+        raise UserError(
+            f"ijepa.objective.target_layers = {layers} is more than the encoder's {depth} blocks; set at most {depth}"
+        )
 
 
 def check_stages(config: Config) -> None:

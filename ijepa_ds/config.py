@@ -119,6 +119,7 @@ class DataConfig(Checked):
     crop_ratio: Bounds[Annotated[float, Field(ge=0.1, le=10)]] = fixed((0.75, 4 / 3), "of a crop, width over height")
     mean: Triple[Unit] = fixed((0.485, 0.456, 0.406), "subtracted from red, green, blue; share of a pixel's range")
     std: Triple[Share] = fixed((0.229, 0.224, 0.225), "divides what is left; share of a pixel's range")
+    flip: bool = fixed(False, "mirror every other image, by chance")
     workers: Few = changeable_on_resume(8, "decoding threads of each process")
 
 
@@ -134,6 +135,9 @@ class ModelConfig(Checked):
     predictor_width: Width = fixed(384, "of the predictor's tokens")
     predictor_depth: Few = fixed(12, "number of blocks")
     predictor_heads: Few | None = fixed(None, "attention heads; null: as many as the encoder has")
+    stochastic_positions: NotNegative = fixed(
+        0.0, "variance of the noise on the mask tokens' positions (StoP, whose authors take 0.25); 0: none"
+    )
     activation_checkpointing: bool = changeable_on_resume(
         False, "keep the activations of one block alone: less memory, about a third more arithmetic"
     )
@@ -152,11 +156,30 @@ class MasksConfig(Checked):
     truncation_group: Count = fixed(128, "reference: images that share the smallest context's number of tokens")
 
 
+class ObjectiveConfig(Checked):
+    """What is predicted, and what the loss adds, beside the plain method; see docs/recipe.md."""
+
+    contexts: int = fixed(
+        1, "contexts of an image, each with targets of its own, that share its target pass", ge=1, le=16
+    )
+    target_layers: Few = fixed(1, "the target encoder's last blocks of whose normalised outputs targets are the mean")
+    predict_share: Share = fixed(1.0, "share of each target block's patches that is predicted, drawn by chance")
+    vicreg: NotNegative = fixed(0.0, "weight of variance and covariance of the mean context (C-JEPA); 0: none")
+    vicreg_group: int = fixed(32, "images of which these are; it divides the micro-batch", ge=2, le=65536)
+    vicreg_width: Annotated[int, Field(ge=0, le=2**16)] = fixed(256, "of the projection that they are of; 0: no such")
+    vicreg_variance: NotNegative = fixed(25.0, "share of the variance in the weighted sum")
+    vicreg_covariance: NotNegative = fixed(1.0, "share of the covariance")
+
+
 class OptimizationConfig(Checked):
     """AdamW and its schedules; defaults are those of the released ViT-H/14 run."""
 
     epochs: float = fixed(300.0, "passes over the training images", ge=1e-6, le=1e6)
     warmup_epochs: NotNegative = fixed(40.0, "epochs in which the learning rate rises")
+    schedule: Literal["cosine", "constant_then_cooldown"] = fixed(
+        "cosine", "of the learning rate after the warm-up; the latter can be extended, or cooled down at any time"
+    )
+    cooldown_epochs: NotNegative = fixed(0.0, "constant_then_cooldown: last epochs, in which the learning rate falls")
     schedule_scale: float = fixed(1.0, "the schedules' length over the run's", ge=1e-3, le=100)
     lr_start: NotNegative = fixed(2e-4, "learning rate of the first step")
     lr_peak: NotNegative = fixed(1e-3, "learning rate after the warm-up")
@@ -211,6 +234,7 @@ class IJEPAConfig(Checked):
     data: DataConfig
     model: ModelConfig
     masks: MasksConfig = MasksConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -412,6 +436,11 @@ def _disagreements(raw: dict[str, Any], ijepa: IJEPAConfig | None) -> list[str]:
                 f"train_micro_batch_size_per_gpu = {micro} does not divide by ijepa.pipeline.stages = {stages}, whose "
                 "processes share the target encoder's work on a micro-batch"
             )
+        if ijepa is not None and ijepa.objective.vicreg and micro % ijepa.objective.vicreg_group:
+            problems.append(
+                f"ijepa.objective.vicreg_group = {ijepa.objective.vicreg_group} does not divide "
+                f"train_micro_batch_size_per_gpu = {micro}: a group's images lie in one micro-batch"
+            )
         group = ijepa.masks.truncation_group if ijepa is not None and ijepa.masks.sampler == "reference" else batch
         if group != batch and (group % micro or batch % group):
             problems.append(
@@ -460,8 +489,50 @@ def _disagreements_with_stages(raw: dict[str, Any], stages: int) -> list[str]:
     return problems
 
 
+def _disagreements_of_objective(ijepa: IJEPAConfig) -> list[str]:
+    objective, problems = ijepa.objective, []
+    if objective.contexts > 1 and ijepa.masks.sampler == "reference":
+        problems.append(
+            f"ijepa.objective.contexts = {objective.contexts} does not go with ijepa.masks.sampler = reference, whose "
+            "groups share a number of context tokens; use multiblock"
+        )
+    if objective.contexts > 1 and ijepa.pipeline.stages > 1:
+        problems.append(
+            f"ijepa.objective.contexts = {objective.contexts} does not go with ijepa.pipeline.stages = "
+            f"{ijepa.pipeline.stages}, which hand one context an image from stage to stage; leave one of them out"
+        )
+    return problems
+
+
+def _disagreements_of_schedule(optimization: OptimizationConfig) -> list[str]:
+    problems, length = [], optimization.epochs * optimization.schedule_scale
+    if optimization.warmup_epochs > length:
+        problems.append(
+            f"ijepa.optimization.warmup_epochs = {optimization.warmup_epochs:g} is longer than the "
+            f"{optimization.epochs:g} epochs of the run"
+        )
+    if optimization.schedule == "cosine":
+        if optimization.cooldown_epochs:
+            problems.append(
+                f"ijepa.optimization.cooldown_epochs = {optimization.cooldown_epochs:g} needs "
+                "ijepa.optimization.schedule = constant_then_cooldown; a cosine falls all the time"
+            )
+        return problems
+    if optimization.schedule_scale != 1:
+        problems.append(
+            f"ijepa.optimization.schedule_scale = {optimization.schedule_scale:g} is a cosine's; leave it out of "
+            "constant_then_cooldown"
+        )
+    if optimization.warmup_epochs + optimization.cooldown_epochs > optimization.epochs:
+        problems.append(
+            f"ijepa.optimization.cooldown_epochs = {optimization.cooldown_epochs:g} and warmup_epochs = "
+            f"{optimization.warmup_epochs:g} are together longer than the {optimization.epochs:g} epochs of the run"
+        )
+    return problems
+
+
 def _disagreements_of_ours(ijepa: IJEPAConfig) -> list[str]:
-    model, optimization = ijepa.model, ijepa.optimization
+    model = ijepa.model
     problems = []
     for side in sorted(set(ijepa.data.image_size)):
         if side % model.patch_size:
@@ -470,11 +541,7 @@ def _disagreements_of_ours(ijepa: IJEPAConfig) -> list[str]:
                 f"ijepa.model.patch_size = {model.patch_size} does not divide ijepa.data.image_size = {side}; "
                 f"use an image size of {near}"
             )
-    if optimization.warmup_epochs > optimization.epochs * optimization.schedule_scale:
-        problems.append(
-            f"ijepa.optimization.warmup_epochs = {optimization.warmup_epochs:g} is longer than the "
-            f"{optimization.epochs:g} epochs of the run"
-        )
+    problems += _disagreements_of_schedule(ijepa.optimization) + _disagreements_of_objective(ijepa)
     if model.width and model.heads and model.width % model.heads:
         problems.append(f"ijepa.model.width = {model.width} does not divide by ijepa.model.heads = {model.heads}")
     return problems

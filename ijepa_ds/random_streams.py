@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 # Purposes keep streams apart that share seed, step and sample. Never renumber: it changes every run.
-ORDER, CROP, MASK, BLOCK_SIZE, FLIP = 1, 2, 3, 4, 5
+ORDER, CROP, MASK, BLOCK_SIZE, FLIP, NOISE, PREDICTED = 1, 2, 3, 4, 5, 6, 7
 SUBSET = 20  # which images a few-shot draw takes
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -24,6 +24,7 @@ from ijepa_ds.build import (
     build_target,
     check_batch,
     check_stages,
+    check_target_layers,
     computing_dtype,
     encoder_dimensions,
     input_of_encoder,
@@ -96,6 +97,7 @@ def check_before_building(config: Config) -> tuple[Dataset, MaskSampler]:
             f"{config.global_batch}"
         )
     check_stages(config)
+    check_target_layers(config)
     sampler = build_sampler(config)
     folder = RunFolder(config)
     folder.check_writable()
@@ -136,6 +138,7 @@ def try_shapes(config: Config, sampler: MaskSampler, trainable: ShardedTrainable
         context_tokens=sampler.context_tokens,
         num_targets=sampler.num_targets,
         target_tokens=sampler.target_token_counts(),
+        contexts=config.ijepa.objective.contexts,
     )
     if is_compiled(config, process.device):
         compile_and_warm_up(trainable, shapes, process)
@@ -159,6 +162,7 @@ def build_trainable(config: Config, process: Process) -> Zero | Stages:
     else:
         cut = Cut(split_layers(layer_costs(config), stages), same_shapes=is_multiblock(config))
         trainable = Stages(build_ijepa(config), build_target(config), process, cut=cut, **settings)
+    trainable.target_encoder.layers = config.ijepa.objective.target_layers
     trainable.batches_at_once = micro_batches_at_once(config, process)
     limit_all_groups()
     return trainable
@@ -259,7 +263,7 @@ class Run:
         """The micro-batches of a step; the time each takes to arrive is measured, and the last one kept to be shown."""
         for batch in self.meter.watch(batches):
             self._batch = batch
-            self.meter.computes(len(batch.images) * self._flops_of(batch))
+            self.meter.computes(self._flops_of(batch))
             yield batch
 
     def after_step(self, step: int, now: Hyperparameters, outcome: Outcome) -> bool:
@@ -326,11 +330,16 @@ class Run:
         self.guard.look(step, losses, values, self.saver, lambda: self.trainable.examine(batch))
 
     def _flops_of(self, batch: Batch) -> float:
-        """Operations of one image of a micro-batch."""
+        """Operations of a micro-batch."""
         num_targets, _, target_tokens = batch.target_blocks.shape
-        context_tokens = batch.context_block.shape[1]
-        flops = self.shapes.flops(context_tokens=context_tokens, target_tokens=target_tokens, num_targets=num_targets)
-        return flops.total
+        contexts, context_tokens = batch.context_block.shape
+        flops = self.shapes.flops(
+            context_tokens=context_tokens,
+            target_tokens=target_tokens,
+            num_targets=num_targets,
+            contexts=contexts // len(batch.images),
+        )
+        return len(batch.images) * flops.total
 
     def _warn_of_slow_bf16(self) -> None:
         dtypes = {"bf16": working_dtype(self.config), "torch_autocast": autocast_dtype(self.config)}

@@ -501,6 +501,7 @@ class MadeUpBatch:
     images: torch.Tensor
     context_block: torch.Tensor
     target_blocks: torch.Tensor
+    keys: torch.Tensor | None = None
 
 
 def made_up_batch(

@@ -538,7 +538,21 @@ def test_the_recipe_that_earlier_runs_have_saved_is_still_theirs():
     }
     ours = {f"ijepa.{section}.{key}": value for section, part in saved.items() for key, value in part.items()}
     deepspeeds = {"train_batch_size": 128, "bf16": {}, "torch_autocast": {}, "gradient_clipping": 0.0}
-    assert parse_config(raw()).recipe() == ours | deepspeeds
+    since_added = {  # with values that leave everything as it was
+        "ijepa.data.flip": False,
+        "ijepa.model.stochastic_positions": 0.0,
+        "ijepa.objective.contexts": 1,
+        "ijepa.objective.target_layers": 1,
+        "ijepa.objective.predict_share": 1.0,
+        "ijepa.objective.vicreg": 0.0,
+        "ijepa.objective.vicreg_group": 32,
+        "ijepa.objective.vicreg_width": 256,
+        "ijepa.objective.vicreg_variance": 25.0,
+        "ijepa.objective.vicreg_covariance": 1.0,
+        "ijepa.optimization.schedule": "cosine",
+        "ijepa.optimization.cooldown_epochs": 0.0,
+    }
+    assert parse_config(raw()).recipe() == ours | deepspeeds | since_added
     whole_numbers = parse_config(raw(ijepa__optimization={"epochs": 300}, ijepa__data__crop_scale=[0.3, 1]))
     assert json.dumps(whole_numbers.recipe()) == json.dumps(parse_config(raw()).recipe())
 

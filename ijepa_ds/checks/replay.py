@@ -57,6 +57,7 @@ class Inputs:
     images: Tensor
     context_block: Tensor
     target_blocks: Tensor
+    keys: Tensor | None = None
 
 
 def main(arguments: list[str] | None = None) -> int:

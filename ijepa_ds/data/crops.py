@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
 
 from ijepa_ds.random_streams import FLIP, stream, uniform
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Random crops: share of the image's area, width over height, and whether every other image is mirrored."""
+
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: bool = False
 
 
 @njit

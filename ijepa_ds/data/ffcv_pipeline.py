@@ -36,7 +36,7 @@ from ijepa_ds.data.crops import is_flipped, mirror
 from ijepa_ds.data.mapped_files import map_files
 from ijepa_ds.errors import UserError, hide_finalizers_of_numba, some
 from ijepa_ds.method import masks
-from ijepa_ds.random_streams import CROP, stream
+from ijepa_ds.random_streams import CROP, NOISE, stream
 
 TIME_SHIFT = np.uint64(32)
 _SAMPLE = np.uint64(0xFFFFFFFF)
@@ -115,17 +115,32 @@ class DecodeCrop(Operation):
         return decode
 
 
-class SampleMasks(Operation):
-    """Masks drawn on the loader. A row holds: number of context tokens, the context tokens, M target blocks."""
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for an image of a step beside its crop and one context with target blocks."""
 
-    def __init__(self, sampler: masks.MaskSampler) -> None:
+    contexts: int = 1  # with target blocks of their own
+    keys: bool = False  # one for each context, from which the device draws more
+
+
+PLAIN = Draws()
+
+
+class SampleMasks(Operation):
+    """Masks drawn on the loader, a row an image.
+
+    It holds for each context its number of tokens, its tokens, M target blocks and, where asked for, a key of 64 bits.
+    """
+
+    def __init__(self, sampler: masks.MaskSampler, draws: Draws = PLAIN) -> None:
         super().__init__()
-        self.sampler = sampler
-        self.target_room = sampler.max_target_tokens()
+        self.sampler, self.draws = sampler, draws
+        self.target_room = sampler.block_room()
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         """A row for each image of a batch."""
         row = 1 + self.sampler.context_room + self.sampler.num_targets * self.target_room
+        row = self.draws.contexts * (row + 2 * self.draws.keys)
         return replace(previous_state, jit_mode=True, shape=(row,), dtype=np.dtype("i4")), AllocationQuery(
             (row,), np.dtype("i4")
         )
@@ -141,16 +156,27 @@ class SampleMasks(Operation):
         )
         sizes_of, draw_image = sampler.sizes_of, sampler.draw_image
         grid, target_scale, aspect_ratio, context_scale = sampler.geometry
+        contexts, keys, share = self.draws.contexts, self.draws.keys, sampler.predict_share
 
         def sample_masks(batch_indices, rows, metadata, storage_state):
             step = batch_indices[0] >> TIME_SHIFT  # a batch has one
             one, two, three = masks.size_numbers(seed, step)
             sizes = sizes_of(one, two, three, grid, target_scale, aspect_ratio, context_scale)
             tokens = sizes[0] * sizes[1]
+            predicted = max(1, round(tokens * share))
             for position in iterator(len(batch_indices)):
-                row, sample = rows[position], batch_indices[position] & _SAMPLE
-                targets = row[1 + room : 1 + room + num_targets * tokens].reshape((num_targets, tokens))
-                row[0] = draw_image(seed, step, sample, grid, sizes[:2], sizes[2:], limit, row[1 : 1 + room], targets)
+                sample = batch_indices[position] & _SAMPLE
+                for context in range(contexts):
+                    row = rows[position].reshape((contexts, -1))[context]
+                    own = masks.seed_of_context(seed, context)
+                    targets = row[1 + room : 1 + room + num_targets * tokens].reshape((num_targets, tokens))
+                    row[0] = draw_image(
+                        own, step, sample, grid, sizes[:2], sizes[2:], limit, row[1 : 1 + room], targets
+                    )
+                    if predicted < tokens:
+                        masks.thin(own, step, sample, targets, predicted)
+                    if keys:
+                        row[-2:].view(np.uint64)[0] = stream(own, NOISE, step, sample)
             return rows[: len(batch_indices)]
 
         sample_masks.is_parallel = True  # type: ignore[attr-defined]

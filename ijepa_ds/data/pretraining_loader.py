@@ -19,8 +19,17 @@ from torch import Tensor
 
 from ijepa_ds.data.beton import Dataset
 from ijepa_ds.data.copy_ahead import on_device
-from ijepa_ds.data.crops import random_crop
-from ijepa_ds.data.ffcv_pipeline import DecodeCrop, Pipeline, Request, SampleMasks, image_spec, refuse_failed
+from ijepa_ds.data.crops import Crops, random_crop
+from ijepa_ds.data.ffcv_pipeline import (
+    PLAIN,
+    DecodeCrop,
+    Draws,
+    Pipeline,
+    Request,
+    SampleMasks,
+    image_spec,
+    refuse_failed,
+)
 from ijepa_ds.method.masks import MaskSampler
 from ijepa_ds.random_streams import permutation
 
@@ -30,14 +39,16 @@ class Batch:
     """One micro-batch. On a CPU its images lie in the loader's ring of buffers: use them before asking for the next."""
 
     images: Tensor  # uint8 [B, H, W, 3]
-    context_block: Tensor  # int64 [B, K]
-    target_blocks: Tensor  # int64 [M, B, T]
+    context_block: Tensor  # int64 [C * B, K], C contexts an image: all of the first, then all of the second
+    target_blocks: Tensor  # int64 [M, C * B, T]
     samples: np.ndarray  # int64 [B]
+    keys: Tensor | None = None  # int64 [C * B]: of what is drawn on the device, if anything is
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the tensors' memory until ``stream`` has used them."""
-        for tensor in (self.images, self.context_block, self.target_blocks):
-            tensor.record_stream(stream)
+        for tensor in (self.images, self.context_block, self.target_blocks, self.keys):
+            if tensor is not None:
+                tensor.record_stream(stream)
 
 
 @dataclass(frozen=True)
@@ -56,17 +67,20 @@ class _Loaded:
     images: Tensor  # uint8 [B, H, W, 3]
     rows: Tensor  # int32, of SampleMasks
     sampler: MaskSampler
+    draws: Draws
 
     def to(self, device: torch.device, *, non_blocking: bool = True) -> Batch:
         """The batch on ``device``, copied asynchronously where the buffers are pinned; the masks are cut out there."""
         images, rows = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.images, self.rows))
         begin, shape = 1 + self.sampler.context_room, (self.sampler.num_targets, self.request.target_tokens)
+        rows = rows.unflatten(1, (self.draws.contexts, -1)).transpose(0, 1).flatten(0, 1)  # a context each
         targets = rows[:, begin : begin + shape[0] * shape[1]].unflatten(1, shape).transpose(0, 1)
         return Batch(
             images=images,
             context_block=rows[:, 1 : 1 + self.request.context_tokens].long(),
             target_blocks=targets.to(torch.int64, memory_format=torch.contiguous_format),
             samples=self.request.samples,
+            keys=rows[:, -2:].contiguous().view(torch.int64)[:, 0] if self.draws.keys else None,
         )
 
 
@@ -80,12 +94,12 @@ class PretrainingLoader:
         dataset: the images.
         sampler: of the masks; order and crops are drawn from its seed.
         image_size: (rows, columns) in pixels of what is given out.
-        crop_scale: share of an image's area that a random crop has.
-        crop_ratio: width over height of a random crop.
+        crops: what is cut out of an image.
         global_batch: images of a step, over all processes.
         micro_batch: images that are given out at once.
         share: which share of a step this process reads: rank, number of ranks.
         num_workers: loading threads.
+        draws: what is drawn for an image beside a crop and one context with its targets.
     """
 
     def __init__(
@@ -94,20 +108,23 @@ class PretrainingLoader:
         sampler: MaskSampler,
         *,
         image_size: tuple[int, int],
-        crop_scale: tuple[float, float],
-        crop_ratio: tuple[float, float],
+        crops: Crops,
         global_batch: int,
         micro_batch: int,
         share: tuple[int, int] = (0, 1),
         num_workers: int = 1,
+        draws: Draws = PLAIN,
     ) -> None:
         self.dataset, self.sampler, self.seed = dataset, sampler, sampler.seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size = share
         self.steps_per_epoch = dataset.num_samples // global_batch
         self.micro_batches_per_step = global_batch // (micro_batch * self.world_size)
-        decoder = DecodeCrop(image_size, random_crop, seed=sampler.seed, scale=crop_scale, ratio=crop_ratio)
-        pipelines = {"image": image_spec(decoder), "masks": image_spec(SampleMasks(sampler))}
+        self.crops, self.draws = crops, draws
+        decoder = DecodeCrop(
+            image_size, random_crop, seed=sampler.seed, scale=crops.scale, ratio=crops.ratio, flip=crops.flip
+        )
+        pipelines = {"image": image_spec(decoder), "masks": image_spec(SampleMasks(sampler, draws))}
         self.pipeline = Pipeline(dataset, pipelines, batch_size=micro_batch, num_workers=num_workers)
 
     def from_step(self, step: int, end: int, device: torch.device | str = "cpu") -> Iterator[Iterator[Batch]]:
@@ -133,7 +150,7 @@ class PretrainingLoader:
     def _batches(self, step: int, end: int) -> Iterator[_Loaded]:
         for request, ((images, failed), rows) in self.pipeline.traverse(self._requests(step, end)):
             refuse_failed(failed, request.samples, self.dataset)
-            yield _Loaded(request, images, rows, self.sampler)
+            yield _Loaded(request, images, rows, self.sampler, self.draws)
 
     def _requests(self, step: int, end: int) -> Iterator[_MicroBatch]:
         for time, samples in zip(range(step, end), self._global_batches(step, end), strict=True):

@@ -47,7 +47,7 @@ class Plain(ShardedTrainable):
         for batch in batches:
             images = self.to_input(batch.images)
             targets = self.target_encoder(images, batch.target_blocks)
-            loss = self.module(images, batch.context_block, batch.target_blocks, targets)
+            loss = self.module(images, batch.context_block, batch.target_blocks, targets, batch.keys)
             loss.backward()
             losses.append(loss.detach().float())
         gradients = {name: parameter.grad for name, parameter in self._trained().items() if parameter.grad is not None}

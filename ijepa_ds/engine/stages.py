@@ -38,9 +38,8 @@ from ijepa_ds.engine.trainable import (
 from ijepa_ds.engine.zero_internals import gradient_slices, initialize, master_shards, without_timers
 from ijepa_ds.method.blocks import whole_block
 from ijepa_ds.method.encoder import VisionTransformer
-from ijepa_ds.method.ijepa import IJEPA, prediction_loss
+from ijepa_ds.method.ijepa import IJEPA
 from ijepa_ds.method.optimizer import build_optimizer, gate, set_hyperparameters
-from ijepa_ds.method.predictor import Predictor
 from ijepa_ds.method.schedules import Hyperparameters
 
 
@@ -63,6 +62,7 @@ class _Part:
     images: Tensor  # uint8 [b, H, W, 3]
     context_block: Tensor  # int64 [b, K]
     target_blocks: Tensor  # int64 [M, b, T]
+    keys: Tensor | None
 
 
 class Stages(ShardedTrainable):
@@ -151,7 +151,8 @@ class Stages(ShardedTrainable):
         ``batch`` is of B images.
         """
         own, blocks = len(batch.images) // self.num_stages, batch.target_blocks
-        part = _Part(batch.images[:own], batch.context_block[:own], blocks[:, :own].contiguous())
+        keys = None if batch.keys is None else batch.keys[:own]
+        part = _Part(batch.images[:own], batch.context_block[:own], blocks[:, :own].contiguous(), keys)
         _, _, targets = next(self.with_targets(iter([part] * self.batches_at_once)))
         whole = targets.new_zeros(blocks.shape[0] * blocks.shape[1], *targets.shape[1:])
         micro_batches = self.engine.micro_batches
@@ -167,7 +168,8 @@ class Stages(ShardedTrainable):
             with self.target_encoder.autocast():
                 outputs = self.engine.module.forward(inputs)
             if self.stage == self.num_stages - 1:
-                outputs = self._loss(outputs, (batch.context_block, blocks.transpose(0, 1).contiguous(), whole))
+                more = () if batch.keys is None else (batch.keys,)
+                outputs = self._loss(outputs, (batch.context_block, blocks.transpose(0, 1).contiguous(), whole, *more))
             losses.append(outputs.float().sum())
         trained = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
         torch.autograd.grad(losses, trained)
@@ -187,17 +189,22 @@ class Stages(ShardedTrainable):
 
         Returns:
             the first stage's input (images [B, ...], context_block [B, K]) and the last stage's labels (context_block,
-            target_blocks [B, M, T], targets [M * B, T, D]); each is whole where it is needed.
+            target_blocks [B, M, T], targets [M * B, T, D], keys [B] where there are any); each is whole where it is
+            needed.
         """
         num_targets, _, count = batch.target_blocks.shape
-        masks = torch.cat([batch.context_block, batch.target_blocks.transpose(0, 1).flatten(1)], dim=1)
+        keys = [] if batch.keys is None else [batch.keys[:, None]]
+        masks = torch.cat([batch.context_block, batch.target_blocks.transpose(0, 1).flatten(1), *keys], dim=1)
         all_masks = masks.new_empty(self.num_stages * len(masks), masks.shape[1])
         dist.all_gather_into_tensor(all_masks, masks, group=self.pipeline)
-        context, blocks = all_masks.split([batch.context_block.shape[1], num_targets * count], dim=1)
+        context, blocks, *rest = all_masks.split(
+            [batch.context_block.shape[1], num_targets * count, *(1 for _ in keys)], dim=1
+        )
         images = self._gather(batch.images, self.first)
         by_image = targets.unflatten(0, (num_targets, -1)).transpose(0, 1)  # [b, M, T, D]
         whole = self._gather(by_image, self.last).transpose(0, 1).flatten(0, 1)
-        return (images, context), (context, blocks.unflatten(1, (num_targets, count)), whole)
+        labels = context, blocks.unflatten(1, (num_targets, count)), whole, *(part.flatten() for part in rest)
+        return (images, context), labels
 
     def _gather(self, part: Tensor, where: int) -> Tensor:
         """The parts [b, ...] of all processes of this pipeline on rank ``where``: [B, ...]; elsewhere the own part."""
@@ -211,10 +218,9 @@ class Stages(ShardedTrainable):
 
     def _loss(self, context: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
         """The last stage's: context [B, K, D] and what :meth:`_hand_over` made -> scalar."""
-        context_block, blocks, targets = labels
+        context_block, blocks, targets, *keys = labels
         with self.target_encoder.autocast():
-            predictions = self.module.predictor(context, context_block, blocks.transpose(0, 1).contiguous())
-        return prediction_loss(predictions, targets)
+            return self.module.loss(context, context_block, blocks.transpose(0, 1).contiguous(), targets, *keys)
 
     def _gated_step(self, *arguments: Any, **keywords: Any) -> None:
         """In place of the optimizer's step: a gradient that is not finite on one stage skips it on all."""
@@ -264,9 +270,9 @@ class _Block(nn.Module):
 class _Predictor(nn.Module):
     """Tokens as they come: what the predictor needs beside them are the labels, which the loss gets."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, model: IJEPA) -> None:
         super().__init__()
-        self.predictor = predictor
+        self.predictor, self.regulariser = model.predictor, model.regulariser
 
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens
@@ -276,7 +282,7 @@ def _layers(model: IJEPA, to_input: Callable[[Tensor], Tensor]) -> list[nn.Modul
     """What is cut into stages."""
     encoder = model.context_encoder
     blocks = [_Block(encoder, block) for block in encoder.blocks]
-    return [_Embed(encoder, to_input), *blocks, encoder.norm, _Predictor(model.predictor)]
+    return [_Embed(encoder, to_input), *blocks, encoder.norm, _Predictor(model)]
 
 
 # ---------------------------------------------------------------------------------------------------------- DeepSpeed

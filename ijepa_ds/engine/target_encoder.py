@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ijepa_ds.engine.moving_average import MovingAverage
 from ijepa_ds.method.encoder import VisionTransformer
-from ijepa_ds.method.ijepa import CONTEXT_ENCODER, normalize_targets
+from ijepa_ds.method.ijepa import CONTEXT_ENCODER, mean_of_layers, normalize_targets
 from ijepa_ds.method.positions import sine_cosine_positions
 
 
@@ -22,11 +22,18 @@ class TargetEncoder:
     """The network whose weights are the average's.
 
     ``encoder`` gives the architecture (on the meta device: its weights are replaced). ``average`` is of the context
-    encoder's weights.
+    encoder's weights. ``layers``: of how many of its last blocks the targets are the mean.
     """
 
-    def __init__(self, encoder: VisionTransformer, average: MovingAverage, *, autocast: torch.dtype | None = None):
-        self._average, self._autocast = average, autocast
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        average: MovingAverage,
+        *,
+        autocast: torch.dtype | None = None,
+        layers: int = 1,
+    ) -> None:
+        self._average, self._autocast, self.layers = average, autocast, layers
         weights = average.weights
         for name, view in weights.items():
             _set_parameter(encoder, name.removeprefix(f"{CONTEXT_ENCODER}."), view)
@@ -42,6 +49,8 @@ class TargetEncoder:
         """images [B, 3, H, W], target_blocks [M, B, T] -> targets [M * B, T, D], fp32, layer-normalised."""
         self._average.wait()
         with torch.no_grad(), self.autocast():
+            if self.layers > 1:
+                return mean_of_layers(self.encoder.layers_at(images, target_blocks, self.layers))
             return normalize_targets(self.encoder.features_at(images, target_blocks))
 
     @torch.no_grad()

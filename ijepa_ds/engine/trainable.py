@@ -31,8 +31,9 @@ class Batch(Protocol):
     """A micro-batch on the device."""
 
     images: Tensor  # uint8 [B, H, W, 3], or whatever the engine's ``to_input`` takes
-    context_block: Tensor  # int64 [B, K]
-    target_blocks: Tensor  # int64 [M, B, T]
+    context_block: Tensor  # int64 [B, K], or [C * B, K] where each image has C contexts
+    target_blocks: Tensor  # int64 [M, B, T], or [M, C * B, T] likewise
+    keys: Tensor | None  # int64 [B] or [C * B], where the predictor's positions are stochastic
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,9 @@ class ShardedTrainable:
         while chunk := list(islice(batches, self.batches_at_once)):
             inputs = [self.to_input(batch.images) for batch in chunk]
             if len(chunk) == 1:
-                yield chunk[0], inputs[0], self.target_encoder(inputs[0], chunk[0].target_blocks)
+                yield chunk[0], inputs[0], self.target_encoder(inputs[0], blocks_by_image(chunk[0]))
                 continue
-            blocks = torch.cat([batch.target_blocks for batch in chunk], dim=1)  # [M, chunk * B, T]
+            blocks = torch.cat([blocks_by_image(batch) for batch in chunk], dim=1)  # [M, chunk * B, T]
             targets = self.target_encoder(torch.cat(inputs), blocks)
             by_batch = targets.view(len(blocks), len(chunk), -1, *targets.shape[1:])  # [M, chunk, B, T, D]
             for index, batch in enumerate(chunk):
@@ -169,7 +170,7 @@ class ShardedTrainable:
     def _loss_and_gradients(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         _, images, targets = next(self.with_targets(iter([batch] * self.batches_at_once)))
         with self.target_encoder.autocast():
-            loss = self.module.forward(images, batch.context_block, batch.target_blocks, targets)
+            loss = self.module.forward(images, batch.context_block, batch.target_blocks, targets, batch.keys)
         trained = self._trained()
         return loss, dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
 
@@ -212,6 +213,12 @@ class ShardedTrainable:
             for moment in ADAM_MOMENTS:
                 state[moment] = torch.zeros_like(shard.adam_key)
         return state
+
+
+def blocks_by_image(batch: Batch) -> Tensor:
+    """All target blocks of an image, whichever context they belong to: [M * C, B, T], which one target pass serves."""
+    contexts = len(batch.context_block) // len(batch.images)
+    return batch.target_blocks.unflatten(1, (contexts, -1)).flatten(0, 1)
 
 
 def of_context_encoder(shards: list[MasterShard]) -> list[MasterShard]:

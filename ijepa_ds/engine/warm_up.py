@@ -34,6 +34,7 @@ class Shapes:
     context_tokens: int
     num_targets: int
     target_tokens: list[int]  # of each, the largest first
+    contexts: int = 1  # of each image
 
 
 @dataclass
@@ -43,6 +44,7 @@ class _Zeros:
     images: Tensor
     context_block: Tensor
     target_blocks: Tensor
+    keys: Tensor | None
 
 
 def compile_and_warm_up(
@@ -92,11 +94,12 @@ def _try(trainable: ShardedTrainable, shapes: Shapes, target_tokens: int, device
 
 
 def _zeros(shapes: Shapes, target_tokens: int, device: torch.device) -> _Zeros:
-    count = shapes.num_images
+    count, contexts = shapes.num_images, shapes.num_images * shapes.contexts
     return _Zeros(
         torch.zeros(count, *shapes.image_size, 3, dtype=torch.uint8, device=device),
-        torch.zeros(count, shapes.context_tokens, dtype=torch.long, device=device),
-        torch.zeros(shapes.num_targets, count, target_tokens, dtype=torch.long, device=device),
+        torch.zeros(contexts, shapes.context_tokens, dtype=torch.long, device=device),
+        torch.zeros(shapes.num_targets, contexts, target_tokens, dtype=torch.long, device=device),
+        torch.zeros(contexts, dtype=torch.long, device=device),
     )
 
 

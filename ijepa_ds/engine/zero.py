@@ -117,7 +117,7 @@ class Zero(ShardedTrainable):
         set_hyperparameters(self.engine.optimizer, now)
         losses = []
         for batch, images, targets in self.with_targets(batches):
-            loss = self.engine(images, batch.context_block, batch.target_blocks, targets)
+            loss = self.engine(images, batch.context_block, batch.target_blocks, targets, batch.keys)
             self.engine.backward(loss)
             losses.append(loss.detach().float())
             if self.engine.is_gradient_accumulation_boundary():

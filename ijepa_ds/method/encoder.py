@@ -143,7 +143,13 @@ class VisionTransformer(TimmVisionTransformer):
         return features[0] if blocks_out == 1 else features
 
     def features_at(self, images: Tensor, target_blocks: Tensor) -> Tensor:
-        """Features after the final norm at target_blocks [M, B, T] alone: [M * B, T, D], block-major.
+        """:meth:`layers_at` of the last block alone."""
+        return self.layers_at(images, target_blocks, 1)[0]
+
+    def layers_at(self, images: Tensor, target_blocks: Tensor, count: int) -> list[Tensor]:
+        """Of each of the last ``count`` blocks' outputs, in order, features after the final norm at target_blocks.
+
+        target_blocks [M, B, T] -> [M * B, T, D] each, block-major.
 
         The last block computes no more than these. A patch in two target blocks is computed twice: the number of
         different patches is another for each image, and shapes that do not depend on the values can be compiled and
@@ -151,19 +157,23 @@ class VisionTransformer(TimmVisionTransformer):
         """
         num_targets, _, target_tokens = target_blocks.shape
         indices = target_blocks.transpose(0, 1).flatten(1)  # [B, M * T]
-        tokens = self.embed(images)
-        for block in self.blocks[:-1]:
+        tokens, layers = self.embed(images), []
+        for index, block in enumerate(self.blocks[:-1]):
             tokens = self.run_block(whole_block, block, tokens)  # [B, N, D]
+            if index >= len(self.blocks) - count:
+                layers.append(select_tokens(tokens, indices))
         if indices.shape[1] < tokens.shape[1]:
             tokens = self.run_block(block_at, self.blocks[-1], tokens, indices)
         else:
             tokens = select_tokens(self.run_block(whole_block, self.blocks[-1], tokens), indices)
-        return self.norm(tokens.unflatten(1, (num_targets, target_tokens)).transpose(0, 1).flatten(0, 1))
+        shape = num_targets, target_tokens
+        return [self.norm(layer.unflatten(1, shape).transpose(0, 1).flatten(0, 1)) for layer in (*layers, tokens)]
 
     def embed(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
         """Patches [B, N, D] with their positions, or with ``indices`` [B, K] those alone, [B, K, D].
 
         Of selected patches as a product over their pixels, with the convolution's weights: the others are never read.
+        Indices [C * B, K] are of C selections of each image, all of the first, then all of the second.
         """
         if indices is None:
             return self.patch_embed(images) + self.pos_embed
@@ -171,7 +181,7 @@ class VisionTransformer(TimmVisionTransformer):
         if images.shape[2:] != self.patch_embed.img_size:
             raise ValueError(f"images of {tuple(images.shape[2:])} pixels, not {self.patch_embed.img_size}")
         patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
-        image = torch.arange(len(images), device=images.device)[:, None]
+        image = torch.arange(len(images), device=images.device).repeat(len(indices) // len(images))[:, None]
         pixels = patches[image, indices // self.grid[1], indices % self.grid[1]].flatten(2)  # [B, K, 3 * p * p]
         return F.linear(pixels, projection.weight.flatten(1), projection.bias) + self.pos_embed[0][indices]
 

@@ -45,14 +45,20 @@ class Shapes:
     num_patches: int
 
     def flops(
-        self, *, context_tokens: int, target_tokens: int, num_targets: int = 4, exact_savings: bool = True
+        self,
+        *,
+        context_tokens: int,
+        target_tokens: int,
+        num_targets: int = 4,
+        contexts: int = 1,
+        exact_savings: bool = True,
     ) -> Flops:
-        """Operations of one image whose context has K tokens and whose M targets have T each."""
-        predicted = num_targets * target_tokens
+        """Operations of one image whose contexts have K tokens and M targets each, with T tokens."""
+        predicted = contexts * num_targets * target_tokens
         return Flops(
             self._target(min(predicted, self.num_patches) if exact_savings else self.num_patches),
-            self._context_encoder(context_tokens, context_tokens if exact_savings else self.num_patches),
-            self._predictor(context_tokens, target_tokens, num_targets, exact_savings),
+            contexts * self._context_encoder(context_tokens, context_tokens if exact_savings else self.num_patches),
+            contexts * self._predictor(context_tokens, target_tokens, num_targets, exact_savings),
         )
 
     def trained_layers(self, *, context_tokens: int, target_tokens: int, num_targets: int = 4) -> list[float]:

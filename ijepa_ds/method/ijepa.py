@@ -1,7 +1,8 @@
 """The method (Assran et al., CVPR 2023, arXiv 2301.08243): context encoder, predictor and loss.
 
 Shapes: B images, N patches, K context tokens, M target blocks, T tokens of a target block, D encoder width, H x W
-pixels.
+pixels. Where each image has C contexts, its C * B contexts and their target blocks stand where else B do, all of the
+first, then all of the second.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ijepa_ds.method.encoder import VisionTransformer
 from ijepa_ds.method.predictor import Predictor
+from ijepa_ds.method.vicreg import VarianceCovariance
 
 TARGET_NORM_EPS = 1e-5
 CONTEXT_ENCODER, PREDICTOR = "context_encoder", "predictor"  # the two parts, in the names of their parameters
@@ -20,19 +22,41 @@ CONTEXT_ENCODER, PREDICTOR = "context_encoder", "predictor"  # the two parts, in
 class IJEPA(nn.Module):
     """What is trained, and what the DeepSpeed engine wraps: context encoder and predictor in one forward pass."""
 
-    def __init__(self, context_encoder: VisionTransformer, predictor: Predictor) -> None:
+    def __init__(
+        self, context_encoder: VisionTransformer, predictor: Predictor, regulariser: VarianceCovariance | None = None
+    ) -> None:
         super().__init__()
         self.context_encoder = context_encoder
         self.predictor = predictor
+        self.regulariser = regulariser  # what its weights' sum adds to the loss
 
-    def forward(self, images: Tensor, context_block: Tensor, target_blocks: Tensor, targets: Tensor) -> Tensor:
-        """images [B, 3, H, W], context_block [B, K], target_blocks [M, B, T], targets [M * B, T, D] -> scalar loss."""
-        return prediction_loss(self.predict(images, context_block, target_blocks), targets)
+    def forward(
+        self,
+        images: Tensor,
+        context_block: Tensor,
+        target_blocks: Tensor,
+        targets: Tensor,
+        keys: Tensor | None = None,
+    ) -> Tensor:
+        """images [B, 3, H, W], context_block [B, K], target_blocks [M, B, T], targets [M * B, T, D] -> scalar loss.
 
-    def predict(self, images: Tensor, context_block: Tensor, target_blocks: Tensor) -> Tensor:
-        """The predicted features of the target blocks, [M * B, T, D], block-major."""
+        ``keys``, int64 [B], are what a predictor with stochastic positions draws its noise from.
+        """
         context = self.context_encoder(images, context_block)  # [B, K, D]
-        return self.predictor(context, context_block, target_blocks)
+        return self.loss(context, context_block, target_blocks, targets, keys)
+
+    def loss(
+        self, context: Tensor, context_block: Tensor, target_blocks: Tensor, targets: Tensor, keys: Tensor | None = None
+    ) -> Tensor:
+        """The same from the context encoder's features, [B, K, D]."""
+        loss = prediction_loss(self.predictor(context, context_block, target_blocks, keys), targets)
+        return loss if self.regulariser is None else loss + self.regulariser(context)
+
+    def predict(
+        self, images: Tensor, context_block: Tensor, target_blocks: Tensor, keys: Tensor | None = None
+    ) -> Tensor:
+        """The predicted features of the target blocks, [M * B, T, D], block-major."""
+        return self.predictor(self.context_encoder(images, context_block), context_block, target_blocks, keys)
 
 
 def prediction_loss(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -41,6 +65,14 @@ def prediction_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     The released code's loss; the paper writes L2. Both [M * B, T, D].
     """
     return F.smooth_l1_loss(predictions.float(), targets.float())
+
+
+def mean_of_layers(layers: list[Tensor]) -> Tensor:
+    """Targets of several blocks' features, each [..., D]: the mean of what :func:`normalize_targets` makes of each.
+
+    As data2vec has it (Baevski et al., ICML 2022, 2202.03555). Of one block it is I-JEPA's target itself.
+    """
+    return torch.stack([normalize_targets(features) for features in layers]).mean(dim=0)
 
 
 def normalize_targets(features: Tensor) -> Tensor:

@@ -9,6 +9,10 @@ Two samplers (Assran et al., arXiv 2301.08243, section 3 and appendix A.1):
   scale and aspect ratio, the last row and column never used, and the context cut, in row order, to the smallest of a
   group of ``truncation_group`` images (there: the images of one GPU).
 
+Of a target block all patches are predicted, or with ``predict_share`` below 1 a fixed number of them, all sets equally
+likely (CAPI, Darcet et al., arXiv 2502.08769, predicts 5 % of what it masks): fewer tokens in the predictor, in shapes
+that do not depend on the draw.
+
 A mask is a pure function of (seed, step, sample). Patch n = row * columns + column.
 
 Shapes: N patches, K context tokens, M target blocks, T tokens of a target block, G images of a truncation group.
@@ -28,7 +32,7 @@ from numba import njit
 from numba.extending import intrinsic
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.random_streams import BLOCK_SIZE, MASK, below, stream, uniform
+from ijepa_ds.random_streams import BLOCK_SIZE, GOLDEN, MASK, PREDICTED, below, stream, uniform
 
 # Nothing here is cached by numba on disk: it would not notice a change of random_streams, which is compiled in.
 
@@ -45,11 +49,12 @@ class BlockSizes:
 
     target: tuple[int, int]
     context: tuple[int, int]
+    predict_share: float = 1.0  # of a target block
 
     @property
     def target_tokens(self) -> int:
-        """The patches of a target block, T."""
-        return self.target[0] * self.target[1]
+        """The patches of a target block that are predicted, T."""
+        return max(1, round(self.target[0] * self.target[1] * self.predict_share))
 
 
 def _count_ones(context, value):
@@ -106,6 +111,12 @@ def size_numbers(seed, step):
     """The three numbers in [0, 1) that decide the block sizes of a step."""
     key = stream(seed, BLOCK_SIZE, step, 0)
     return uniform(key, 0), uniform(key, 1), uniform(key, 2)
+
+
+@njit
+def seed_of_context(seed, context):
+    """The seed by which an image's further contexts are drawn; the first has the run's own."""
+    return np.uint64(seed) + np.uint64(context) * GOLDEN
 
 
 @njit
@@ -279,6 +290,22 @@ def _smallest_context(seed, step, samples, grid, target, context, least_tokens, 
     return smallest
 
 
+@njit
+def thin(seed, step, sample, targets, count):
+    """Keep ``count`` of the patches of each target block [M, T], ascending: the first M * count places then hold them.
+
+    Selection sampling, as in :func:`_select`, block by block.
+    """
+    key, places, counter = stream(seed, PREDICTED, step, sample), targets.reshape(-1), 0
+    for m in range(targets.shape[0]):
+        kept = 0
+        for token in range(targets.shape[1]):
+            if below(key, counter, targets.shape[1] - token) < count - kept:
+                places[m * count + kept] = targets[m, token]
+                kept += 1
+            counter += 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Sampler(ABC):
     """What both samplers share. ``grid`` is (rows, columns) of patches."""
@@ -292,6 +319,7 @@ class _Sampler(ABC):
     target_scale: tuple[float, float] = (0.15, 0.2)
     target_aspect_ratio: tuple[float, float] = (0.75, 1.5)
     context_scale: tuple[float, float] = (0.85, 1.0)
+    predict_share: float = 1.0
 
     @property
     @abstractmethod
@@ -311,7 +339,7 @@ class _Sampler(ABC):
     def block_sizes(self, step: int) -> BlockSizes:
         """The sizes that the whole global batch of ``step`` shares: equal shapes on every rank."""
         sizes = self.sizes_of(*size_numbers(np.uint64(self.seed), step), *self.geometry)
-        return BlockSizes(sizes[:2], sizes[2:])
+        return BlockSizes(sizes[:2], sizes[2:], self.predict_share)
 
     def max_target_tokens(self) -> int:
         """The largest T of any step."""
@@ -321,13 +349,21 @@ class _Sampler(ABC):
         """Every T that a step can have, the largest first."""
         return sorted({sizes.target_tokens for sizes in self._possible_sizes()}, reverse=True)
 
+    def block_room(self) -> int:
+        """The patches of the largest target block of any step, predicted or not."""
+        return max(sizes.target[0] * sizes.target[1] for sizes in self._possible_sizes())
+
     def draw(self, step: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """Context int32 [K] (of ``reference``: not truncated) and targets int32 [M, T] of one image."""
+        """Context int32 [K] (of ``reference``: not truncated) and targets int32 [M, T] of one image, its first ones."""
         sizes = self.block_sizes(step)
         tokens = np.empty(self.context_room, np.int32)
-        targets = np.empty((self.num_targets, sizes.target_tokens), np.int32)
+        targets = np.empty((self.num_targets, sizes.target[0] * sizes.target[1]), np.int32)
         blocks = (self.grid, sizes.target, sizes.context)
         kept = self.draw_image(np.uint64(self.seed), step, sample, *blocks, self.least_tokens, tokens, targets)
+        if self.predict_share < 1:
+            shape = self.num_targets, sizes.target_tokens
+            thin(np.uint64(self.seed), step, sample, targets, shape[1])
+            return tokens[:kept], targets.reshape(-1)[: shape[0] * shape[1]].reshape(shape)
         return tokens[:kept], targets
 
     def _possible_sizes(self) -> set[BlockSizes]:
@@ -336,7 +372,7 @@ class _Sampler(ABC):
         targets = {self.sizes_of(a, b, 0.0, *self.geometry)[:2] for a in fine for b in coarse}
         targets |= {self.sizes_of(b, a, 0.0, *self.geometry)[:2] for a in fine for b in coarse}
         contexts = {self.sizes_of(0.0, a, a, *self.geometry)[2:] for a in fine}
-        return {BlockSizes(target, context) for target in targets for context in contexts}
+        return {BlockSizes(target, context, self.predict_share) for target in targets for context in contexts}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,19 @@ def warmup_cosine(step: int, *, warmup_steps: int, horizon: int, start: float, p
     return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def warmup_constant_cooldown(
+    step: int, *, warmup_steps: int, cooldown_steps: int, horizon: int, start: float, peak: float, final: float
+) -> float:
+    """A linear way from ``start`` to ``peak``, then ``peak``, and in the last steps a line to ``final`` at ``horizon``.
+
+    Where it ends changes nothing before its last ``cooldown_steps`` (V-JEPA 2, Assran et al., arXiv 2506.09985).
+    """
+    if step < warmup_steps:
+        return start + step / warmup_steps * (peak - start)
+    left = max(0, horizon - step)
+    return peak if left >= cooldown_steps else final + left / cooldown_steps * (peak - final)
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
     """What changes with the step."""
@@ -32,7 +45,8 @@ class Schedules:
     """The three schedules of a run.
 
     ``horizon`` is the schedules' length in steps. Longer than the run (``schedule_scale`` > 1), the run ends before the
-    lr has reached ``lr_final``; beyond the horizon every value stays at its end.
+    lr has reached ``lr_final``; beyond the horizon every value stays at its end. With ``cooldown_steps``, None for the
+    cosine, all three keep one value after the warm-up until the last of so many steps, in which they go to their end.
     """
 
     warmup_steps: int
@@ -42,9 +56,21 @@ class Schedules:
     lr_final: float
     weight_decay: tuple[float, float]
     momentum: tuple[float, float]
+    cooldown_steps: int | None = None
+
+    @property
+    def free_until(self) -> int:
+        """The first step, counted from 0, whose values depend on where the schedule ends."""
+        return 0 if self.cooldown_steps is None else self.horizon - self.cooldown_steps
 
     def at(self, step: int) -> Hyperparameters:
         """The values to use in ``step``, counted from 0."""
+        if self.cooldown_steps is not None:
+            return Hyperparameters(
+                self._constant(step + 1, self.warmup_steps, self.lr_start, self.lr_peak, self.lr_final),
+                self._constant(step + 1, 0, 0.0, *self.weight_decay),
+                self._constant(step + 1, 0, 0.0, *self.momentum),
+            )
         lr = warmup_cosine(
             step + 1,
             warmup_steps=self.warmup_steps,
@@ -54,6 +80,18 @@ class Schedules:
             final=self.lr_final,
         )
         return Hyperparameters(lr, self._weight_decay(step + 1), self._momentum(step))
+
+    def _constant(self, step: int, warmup_steps: int, start: float, peak: float, final: float) -> float:
+        assert self.cooldown_steps is not None
+        return warmup_constant_cooldown(
+            step,
+            warmup_steps=warmup_steps,
+            cooldown_steps=self.cooldown_steps,
+            horizon=self.horizon,
+            start=start,
+            peak=peak,
+            final=final,
+        )
 
     def _weight_decay(self, step: int) -> float:
         start, final = self.weight_decay

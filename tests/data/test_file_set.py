@@ -13,6 +13,7 @@ import torch
 from made_up_images import smooth_image
 
 from ijepa_ds.data.beton import Tables, class_names, image_sizes, inspect_dataset, read_labels, read_names
+from ijepa_ds.data.crops import Crops
 from ijepa_ds.data.ffcv_pipeline import DecodeError, refuse_failed
 from ijepa_ds.data.file_set import read_note
 from ijepa_ds.data.mapped_files import map_files, starts_of
@@ -60,8 +61,7 @@ def loaders(whole, shards) -> Callable[..., PretrainingLoader]:
             inspect_dataset(whole if files == "whole" else shards),
             MultiblockSampler(seed=5, grid=(4, 6), context_tokens=6),
             image_size=(16, 24),
-            crop_scale=(0.3, 1.0),
-            crop_ratio=(0.75, 4 / 3),
+            crops=Crops((0.3, 1.0), (0.75, 4 / 3)),
             global_batch=GLOBAL_BATCH,
             micro_batch=4,
             share=(rank, world_size),

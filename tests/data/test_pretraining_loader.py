@@ -29,8 +29,8 @@ from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType
 
 from ijepa_ds.data import ffcv_pipeline, pretraining_loader
 from ijepa_ds.data.beton import inspect_dataset, integer_label_fields, read_labels
-from ijepa_ds.data.crops import center_crop, random_crop
-from ijepa_ds.data.ffcv_pipeline import DecodeError, LoaderError, Request
+from ijepa_ds.data.crops import Crops, center_crop, random_crop
+from ijepa_ds.data.ffcv_pipeline import PLAIN, DecodeError, LoaderError, Request
 from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.data.pretraining_loader import Batch, PretrainingLoader
 from ijepa_ds.errors import UserError
@@ -76,14 +76,15 @@ def make_loader(own_beton) -> Callable[..., PretrainingLoader]:
             inspect_dataset(own_beton),
             SAMPLERS[sampler],
             image_size=IMAGE_SIZE,
-            crop_scale=SCALE,
-            crop_ratio=RATIO,
+            crops=Crops(SCALE, RATIO, more.pop("flip", False)),
             global_batch=more.pop("global_batch", GLOBAL_BATCH),
             micro_batch=micro_batch,
             share=(rank, world_size),
             num_workers=num_workers,
+            draws=more.get("draws", PLAIN),
         )
-        loader.pipeline = pipelines.setdefault((sampler, micro_batch, num_workers), loader.pipeline)
+        kind = sampler, micro_batch, num_workers, loader.draws, loader.crops
+        loader.pipeline = pipelines.setdefault(kind, loader.pipeline)
         return loader
 
     return make
