@@ -42,7 +42,8 @@ class Meter:
         self.images_per_step, self.peak_flops = images_per_step, peak_flops
         self._clock, self._processor_clock = clock, processor_clock
         self._warm = False
-        self._restart()
+        self._since, self._worked_since = clock(), processor_clock()
+        self._steps, self._waited, self._flops = 0, 0.0, 0.0
 
     def watch(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The items of ``batches``; the time that each takes to arrive counts as waiting.
