@@ -17,7 +17,7 @@ from typing import Any, Literal
 import measure
 
 from ijepa_ds.evaluation.results import Results, best_of, format_value, mean_and_deviation, read_results
-from ijepa_ds.validation import NotJSON, parse_json
+from ijepa_ds.validation import NotJSON, load_json, parse_json
 
 Clock = Literal["processor", "wall"]
 SECONDS: dict[Clock, str] = {"processor": "processor_seconds", "wall": "step_seconds"}  # of a step, as a run logs them
@@ -44,7 +44,8 @@ class Trained:
 class Outcome:
     """A finished job: a run, and its evaluation's values by label and probe, beside the baselines'.
 
-    ``random`` has those of each random encoder, by the seed that it was drawn with.
+    ``random`` has those of each random encoder, by the seed that it was drawn with; ``commit``: that the run was last
+    started with, None where it is not known.
     """
 
     recipe: str
@@ -53,6 +54,7 @@ class Outcome:
     values: dict[str, dict[Probe, float]]
     random: dict[str, dict[Probe, dict[int, float]]]
     pixels: dict[str, dict[str, float]]  # label -> task -> value: they have one kind of features
+    commit: str | None = None
 
 
 def read_outcome(recipe: str, seed: int, run: Path, results: Path, *, clock: Clock) -> Outcome:
@@ -61,10 +63,16 @@ def read_outcome(recipe: str, seed: int, run: Path, results: Path, *, clock: Clo
     Raises:
         UserError: its results cannot be read.
     """
-    found = read_results(results)
-    return Outcome(
-        recipe=recipe, seed=seed, trained=read_metrics(run / "metrics.jsonl", clock=clock), **evaluated(found)
-    )
+    trained, found = read_metrics(run / "metrics.jsonl", clock=clock), evaluated(read_results(results))
+    return Outcome(recipe=recipe, seed=seed, trained=trained, commit=_commit(run / "config.json"), **found)
+
+
+def _commit(path: Path) -> str | None:
+    try:
+        commit = load_json(path)["commit"]
+    except (OSError, NotJSON, KeyError, TypeError):
+        return None
+    return commit if isinstance(commit, str) else None
 
 
 def evaluated(results: Results) -> dict[str, Any]:
@@ -265,6 +273,7 @@ def as_json(outcomes: Mapping[str, list[Outcome]]) -> dict[str, Any]:
         {
             "recipe": outcome.recipe,
             "seed": outcome.seed,
+            "commit": outcome.commit,
             "trained": dataclasses.asdict(outcome.trained),
             "values": _by_name(outcome.values),
             "random": _by_name(outcome.random),

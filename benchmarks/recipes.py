@@ -118,11 +118,14 @@ def is_wanted(job: Job, options: argparse.Namespace) -> bool:
 
 def check(jobs: list[Job]) -> None:
     """Refuse what a program would refuse, before the first one is started, and runs of other settings."""
+    checked = set()
     for job in jobs:
-        try:
-            build_sampler(load_config(job.config, job.settings))
-        except UserError as error:
-            raise UserError(f"recipe {job.recipe}: {error}") from None
+        if job.recipe not in checked:
+            checked.add(job.recipe)  # its other seeds differ in nothing else
+            try:
+                build_sampler(load_config(job.config, job.settings))
+            except UserError as error:
+                raise UserError(f"recipe {job.recipe}: {error}") from None
         trained = job.record().trained
         if trained is not None and trained != job.identity():
             differing = sorted({*trained} ^ {*job.identity()}) or ["the order of its settings"]

@@ -128,6 +128,7 @@ if sets.get("ijepa.slow") == "true" and not os.path.exists(f"{folder}/{name}/sav
 speed = {"images_per_second": 4.0, "step_seconds": 1.0, "processor_seconds": 2.0}
 lines = [{"step": 1, "knn/label": 10.0}, {"step": 8, "knn/label": 40.0, "rankme": 6.0, **speed}]
 open(f"{folder}/{name}/metrics.jsonl", "w").write("\\n".join(map(json.dumps, lines)))
+open(f"{folder}/{name}/config.json", "w").write('{"commit": "abc"}')
 print("done: 8 steps, in it")
 """
 EVALUATE = """
@@ -246,7 +247,11 @@ def test_the_command_line_makes_a_table_of_what_is_finished(tmp_path: Path, stub
     assert table.startswith("Made up.") and table in capsys.readouterr().out
     kept = json.loads((tmp_path / "out.json").read_text())["results"]
     assert [row["recipe"] for row in kept["rows"]["label"]] == ["plain", "quick"]
-    assert kept["jobs"][0]["trained"]["seconds"] == 0.5 and kept["set"] == ["ijepa.data.train=x.beton"]
+    assert (
+        kept["jobs"][0]["trained"]["seconds"] == 0.5
+        and kept["jobs"][0]["commit"] == "abc"
+        and kept["set"] == ["ijepa.data.train=x.beton"]
+    )
 
     evaluations = [made.evaluation for made in recipes.jobs_of(recipes.Grid(**GRID), recipes.parse(arguments))]
     assert evaluations == [[], *[["--random-seeds", "1"]] * 3]  # all random encoders are measured once
