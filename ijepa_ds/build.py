@@ -71,7 +71,12 @@ def build_sampler(config: Config) -> MaskSampler:
                 "ijepa.compile = true needs context blocks of one length, which masks.sampler = 'reference' does not "
                 "give; leave one of them out"
             )
-        return ReferenceSampler(**shared, min_keep=masks.min_keep, truncation_group=masks.truncation_group)
+        return ReferenceSampler(
+            **shared,
+            min_keep=masks.min_keep,
+            truncation_group=masks.truncation_group,
+            corrections=frozenset(masks.corrections),
+        )
     return MultiblockSampler(**shared, context_tokens=masks.context_tokens or default_context_tokens(config.grid))
 
 

@@ -83,6 +83,10 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Below1 = Annotated[float, Field(ge=0, le=1 - 1e-9)]
 Ratio = Annotated[float, Field(ge=0.05, le=20)]
+Corrections = Annotated[
+    list[Literal["random_cut", "free_corner", "last_row", "two_numbers"]],
+    must(lambda names: len({*names}) == len(names), "names one twice"),
+]
 Width = Annotated[int, Field(ge=4, le=2**16, multiple_of=4)]  # 2-D sine-cosine positions need four parts
 
 
@@ -154,6 +158,7 @@ class MasksConfig(Checked):
     context_tokens: Count | None = fixed(None, "multiblock: patches that every image keeps; null: 72/256 of all")
     min_keep: int = fixed(10, "reference: a block holds more patches than this", ge=0)
     truncation_group: Count = fixed(128, "reference: images that share the smallest context's number of tokens")
+    corrections: Corrections = fixed([], "reference: which of its peculiarities are mended; see docs/recipe.md")
 
 
 class ObjectiveConfig(Checked):
@@ -491,6 +496,11 @@ def _disagreements_with_stages(raw: dict[str, Any], stages: int) -> list[str]:
 
 def _disagreements_of_objective(ijepa: IJEPAConfig) -> list[str]:
     objective, problems = ijepa.objective, []
+    if ijepa.masks.corrections and ijepa.masks.sampler != "reference":
+        problems.append(
+            f"ijepa.masks.corrections are of ijepa.masks.sampler = reference; {ijepa.masks.sampler} needs none: leave "
+            "them out"
+        )
     if objective.contexts > 1 and ijepa.masks.sampler == "reference":
         problems.append(
             f"ijepa.objective.contexts = {objective.contexts} does not go with ijepa.masks.sampler = reference, whose "

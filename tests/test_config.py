@@ -336,6 +336,19 @@ def test_zero_stages_up_to_two_are_accepted(stage):
             "wall_clock_breakdown = true does not go with ijepa.pipeline.stages = 2: DeepSpeed would start a timer "
             "twice, and end; leave it out",
         ),
+        (
+            {"ijepa__masks": {"corrections": ["random_cut"]}},
+            "ijepa.masks.corrections are of ijepa.masks.sampler = reference; multiblock needs none: leave them out",
+        ),
+        (
+            {"ijepa__masks": {"sampler": "reference", "corrections": ["last_row", "last_row"]}},
+            'ijepa.masks.corrections = ["last_row", "last_row"] names one twice',
+        ),
+        (
+            {"ijepa__masks": {"sampler": "reference", "corrections": ["last_rows"]}},
+            'ijepa.masks.corrections[0] = "last_rows" must be one of random_cut, free_corner, last_row, two_numbers; '
+            "did you mean last_row?",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(changes, line):
@@ -540,6 +553,7 @@ def test_the_recipe_that_earlier_runs_have_saved_is_still_theirs():
     deepspeeds = {"train_batch_size": 128, "bf16": {}, "torch_autocast": {}, "gradient_clipping": 0.0}
     since_added = {  # with values that leave everything as it was
         "ijepa.data.flip": False,
+        "ijepa.masks.corrections": [],
         "ijepa.model.stochastic_positions": 0.0,
         "ijepa.objective.contexts": 1,
         "ijepa.objective.target_layers": 1,

@@ -35,6 +35,7 @@ SCALARS = {
     "epoch": "schedule/epoch",
     "grad_norm": "train/grad_norm",
     "images_per_second": "speed/images_per_second",
+    "processor_seconds": "speed/processor_seconds",
     "loader_wait": "speed/loader_wait",
     "tflops": "speed/tflops",
     "peak_share": "speed/peak_share",
@@ -110,7 +111,7 @@ def test_metrics(run) -> None:
         assert not missing and all(math.isfinite(value) for value in row.values())
         assert row["context_tokens"] == 18 and row["grad_norm"] > 0 and 0 < row["loss"] < 2
     for row in rows[1:]:
-        assert row["images_per_second"] > 0 and 0 <= row["loader_wait"] <= 1
+        assert row["images_per_second"] > 0 and 0 <= row["loader_wait"] <= 1 and row["processor_seconds"] > 0
         assert row["tflops"] > 0 and 0 < row["peak_share"] < 1
     assert [row["step"] for row in rows if "rankme" in row] == [4, 8]
     for probe in ("knn/label", "linear/label"):

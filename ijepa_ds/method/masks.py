@@ -7,7 +7,8 @@ Two samplers (Assran et al., arXiv 2301.08243, section 3 and appendix A.1):
   ``context_tokens`` patches, drawn uniformly from its context block. No spatial bias, equal shapes on every rank.
 * ``reference``: the distribution of the released code with its peculiarities, for comparison: one random number for
   scale and aspect ratio, the last row and column never used, and the context cut, in row order, to the smallest of a
-  group of ``truncation_group`` images (there: the images of one GPU).
+  group of ``truncation_group`` images (there: the images of one GPU). Each peculiarity can be corrected alone
+  (:data:`CORRECTIONS`), to measure what it does.
 
 Of a target block all patches are predicted, or with ``predict_share`` below 1 a fixed number of them, all sets equally
 likely (CAPI, Darcet et al., arXiv 2502.08769, predicts 5 % of what it masks): fewer tokens in the predictor, in shapes
@@ -20,6 +21,7 @@ Shapes: N patches, K context tokens, M target blocks, T tokens of a target block
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -34,9 +36,20 @@ from numba.extending import intrinsic
 from ijepa_ds.errors import UserError
 from ijepa_ds.random_streams import BLOCK_SIZE, GOLDEN, MASK, PREDICTED, below, stream, uniform
 
+Sizes = tuple[int, int, int, int]  # rows and columns of target blocks, of context blocks
+
 # Nothing here is cached by numba on disk: it would not notice a change of random_streams, which is compiled in.
 
 _NONE, _ONE, _ALL = np.uint64(0), np.uint64(1), np.uint64(0xFFFFFFFFFFFFFFFF)
+
+# What can be corrected of `reference`, each alone or several together. With all of them it differs from `multiblock` in
+# the number of context tokens alone: the smallest of a group, not a fixed one.
+CORRECTIONS = (
+    "random_cut",  # a context is cut to a random part of its patches, all parts equally likely, not to the first rows
+    "free_corner",  # the context block has the size that was drawn, up to the whole grid, and lies anywhere in it
+    "last_row",  # target blocks lie on the last row and column, too
+    "two_numbers",  # scale and aspect ratio of the target blocks are independent
+)
 
 # After this many rejected draws one more target block is laid over the first one, so that a draw always ends.
 ATTEMPTS = 100
@@ -93,16 +106,18 @@ def multiblock_sizes(scale, aspect, context, grid, target_scale, aspect_ratio, c
 
 
 @njit
-def reference_sizes(target, context, unused, grid, target_scale, aspect_ratio, context_scale):
-    """The released code's sizes: one number for scale and aspect ratio, blocks strictly smaller than the grid."""
-    target_area = int(grid[0] * grid[1] * _between(target_scale, target))
+def _reference_sizes(scale, ratio, context, grid, target_scale, context_scale, reach):
+    """The released code's sizes from two numbers in [0, 1] and the target blocks' height over width.
+
+    Blocks are strictly smaller than the grid, except where ``reach``, of target and context blocks, says otherwise.
+    """
+    target_area = int(grid[0] * grid[1] * _between(target_scale, scale))
     context_area = int(grid[0] * grid[1] * _between(context_scale, context))
-    ratio = _between(aspect_ratio, target)
     return (
-        min(round(math.sqrt(target_area * ratio)), grid[0] - 1),
-        min(round(math.sqrt(target_area / ratio)), grid[1] - 1),
-        min(round(math.sqrt(context_area)), grid[0] - 1),
-        min(round(math.sqrt(context_area)), grid[1] - 1),
+        min(round(math.sqrt(target_area * ratio)), grid[0] - 1 + reach[0]),
+        min(round(math.sqrt(target_area / ratio)), grid[1] - 1 + reach[0]),
+        min(round(math.sqrt(context_area)), grid[0] - 1 + reach[1]),
+        min(round(math.sqrt(context_area)), grid[1] - 1 + reach[1]),
     )
 
 
@@ -242,25 +257,39 @@ def draw_multiblock(seed, step, sample, grid, target, context, context_tokens, t
 
 
 @njit
-def draw_reference(seed, step, sample, grid, target, context, least_tokens, tokens, targets):
+def _shuffle(key, counter, tokens):
+    """Bring tokens [K] into a random order, all equally likely (Durstenfeld)."""
+    for last in range(len(tokens) - 1, 0, -1):
+        other = below(key, counter, last + 1)
+        tokens[last], tokens[other] = tokens[other], tokens[last]
+        counter += 1
+
+
+@njit
+def _draw_reference(seed, step, sample, blocks, least_tokens, tokens, targets, corrected):
     """Fill ``tokens`` int32 [N] and ``targets`` int32 [M, T] as the released code draws them, before the truncation.
 
     Returns the number of context tokens, ``least_tokens`` or more. Target blocks may overlap; the context block must
     not meet them, but after 20 failed draws in a row one target block (from the last) is no longer respected.
+
+    ``blocks``: rows and columns of grid, target and context. ``corrected``: whether target and context blocks may lie
+    on the last row and column, and whether tokens come in a random order, of which any first part is a random one.
     """
+    grid, target, context = blocks
+    target_reach, context_reach, random_cut = corrected
     key = stream(seed, MASK, step, sample)
     num_targets = targets.shape[0]
     blocked = np.zeros((num_targets, grid[0], grid[1]), np.bool_)
     counter = 0
     for m in range(num_targets):
-        top, left = _place(key, counter, target, grid, 0)
+        top, left = _place(key, counter, target, grid, target_reach)
         counter += 2
         blocked[m, top : top + target[0], left : left + target[1]] = True
         _write_block(top, left, target, grid[1], targets[m])
     respected = num_targets
     patience = _REFERENCE_PATIENCE
     while True:
-        top, left = _place(key, counter, context, grid, 0)
+        top, left = _place(key, counter, context, grid, context_reach)
         counter += 2
         kept = 0
         for row in range(top, top + context[0]):
@@ -272,22 +301,50 @@ def draw_reference(seed, step, sample, grid, target, context, least_tokens, toke
                     tokens[kept] = row * grid[1] + column
                     kept += 1
         if kept >= least_tokens:
-            return kept
+            break
         patience -= 1
         if patience == 0:
             respected = max(0, respected - 1)
             patience = _REFERENCE_PATIENCE
+    if random_cut:
+        _shuffle(key, counter, tokens[:kept])
+    return kept
 
 
 @njit
-def _smallest_context(seed, step, samples, grid, target, context, least_tokens, num_targets):
+def _smallest_context(seed, step, samples, blocks, least_tokens, num_targets, corrected):
+    grid, target, _ = blocks
     tokens = np.empty(grid[0] * grid[1], np.int32)
     targets = np.empty((num_targets, target[0] * target[1]), np.int32)
     smallest = grid[0] * grid[1]
     for sample in samples:
-        kept = draw_reference(seed, step, sample, grid, target, context, least_tokens, tokens, targets)
+        kept = _draw_reference(seed, step, sample, blocks, least_tokens, tokens, targets, corrected)
         smallest = min(smallest, kept)
     return smallest
+
+
+def corrections_of_draws(corrections: frozenset[str]) -> tuple[bool, bool, bool]:
+    """What :func:`_draw_reference` is told of some of :data:`CORRECTIONS`."""
+    return "last_row" in corrections, "free_corner" in corrections, "random_cut" in corrections
+
+
+@functools.cache
+def reference_functions(corrections: frozenset[str]) -> tuple[Callable[..., Sizes], Callable[..., int]]:
+    """``sizes_of`` and ``draw_image`` of the released code with some of :data:`CORRECTIONS`, which are compiled in."""
+    corrected, two_numbers = corrections_of_draws(corrections), "two_numbers" in corrections
+    reach = corrected[:2]
+
+    @njit
+    def sizes_of(scale, context, aspect, grid, target_scale, aspect_ratio, context_scale):
+        ratio = _between(aspect_ratio, aspect if two_numbers else scale)
+        return _reference_sizes(scale, ratio, context, grid, target_scale, context_scale, reach)
+
+    @njit
+    def draw_image(seed, step, sample, grid, target, context, least_tokens, tokens, targets):
+        blocks = (grid, target, context)
+        return _draw_reference(seed, step, sample, blocks, least_tokens, tokens, targets, corrected)
+
+    return sizes_of, draw_image
 
 
 @njit
@@ -310,9 +367,6 @@ def thin(seed, step, sample, targets, count):
 class _Sampler(ABC):
     """What both samplers share. ``grid`` is (rows, columns) of patches."""
 
-    sizes_of: ClassVar[Callable[..., tuple[int, int, int, int]]]
-    draw_image: ClassVar[Callable[..., int]]
-
     seed: int
     grid: tuple[int, int]
     num_targets: int = 4
@@ -320,6 +374,16 @@ class _Sampler(ABC):
     target_aspect_ratio: tuple[float, float] = (0.75, 1.5)
     context_scale: tuple[float, float] = (0.85, 1.0)
     predict_share: float = 1.0
+
+    @property
+    @abstractmethod
+    def sizes_of(self) -> Callable[..., Sizes]:
+        """Rows and columns of target and context blocks from the three numbers of a step; compiled."""
+
+    @property
+    @abstractmethod
+    def draw_image(self) -> Callable[..., int]:
+        """One image's mask, which is written where it is told; compiled."""
 
     @property
     @abstractmethod
@@ -369,8 +433,8 @@ class _Sampler(ABC):
     def _possible_sizes(self) -> set[BlockSizes]:
         """Every size that a step can have, scanned finely enough for grids of thousands of patches."""
         fine, coarse = [i / 400 for i in range(401)], [i / 40 for i in range(41)]
-        targets = {self.sizes_of(a, b, 0.0, *self.geometry)[:2] for a in fine for b in coarse}
-        targets |= {self.sizes_of(b, a, 0.0, *self.geometry)[:2] for a in fine for b in coarse}
+        targets = {self.sizes_of(a, b, b, *self.geometry)[:2] for a in fine for b in coarse}
+        targets |= {self.sizes_of(b, a, a, *self.geometry)[:2] for a in fine for b in coarse}
         contexts = {self.sizes_of(0.0, a, a, *self.geometry)[2:] for a in fine}
         return {BlockSizes(target, context, self.predict_share) for target in targets for context in contexts}
 
@@ -381,8 +445,6 @@ class MultiblockSampler(_Sampler):
 
     context_tokens: int
     truncation_group: ClassVar[int] = 1  # no image's context depends on another's
-    sizes_of: ClassVar = staticmethod(multiblock_sizes)
-    draw_image: ClassVar = staticmethod(draw_multiblock)
 
     def __post_init__(self) -> None:
         worst = min(self._possible_sizes(), key=self._room)
@@ -392,6 +454,16 @@ class MultiblockSampler(_Sampler):
                 f"a context block of {_by(worst.context)} leaves at most {self._room(worst)} patches beside a target "
                 f"block of {_by(worst.target)}; lower masks.context_tokens or masks.target_scale"
             )
+
+    @property
+    def sizes_of(self) -> Callable[..., Sizes]:
+        """The paper's."""
+        return multiblock_sizes
+
+    @property
+    def draw_image(self) -> Callable[..., int]:
+        """The paper's, too."""
+        return draw_multiblock
 
     @property
     def least_tokens(self) -> int:
@@ -415,12 +487,11 @@ class MultiblockSampler(_Sampler):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSampler(_Sampler):
-    """The released code's masks; see the module's text. Kept for comparison, defects included."""
+    """The released code's masks; see the module's text. Kept for comparison, with all defects but ``corrections``."""
 
     min_keep: int = 10
     truncation_group: int = 128
-    sizes_of: ClassVar = staticmethod(reference_sizes)
-    draw_image: ClassVar = staticmethod(draw_reference)
+    corrections: frozenset[str] = frozenset()  # of CORRECTIONS
 
     def __post_init__(self) -> None:
         sizes = self._possible_sizes()
@@ -432,6 +503,16 @@ class ReferenceSampler(_Sampler):
                     f"{_by(smallest)} does not hold more than masks.min_keep = {self.min_keep} patches; lower "
                     "masks.min_keep or set masks.sampler to multiblock"
                 )
+
+    @property
+    def sizes_of(self) -> Callable[..., Sizes]:
+        """The released code's, corrected where that is asked for."""
+        return reference_functions(self.corrections)[0]
+
+    @property
+    def draw_image(self) -> Callable[..., int]:
+        """The released code's, likewise."""
+        return reference_functions(self.corrections)[1]
 
     @property
     def least_tokens(self) -> int:
@@ -447,7 +528,10 @@ class ReferenceSampler(_Sampler):
         """Context tokens that every image of a truncation group keeps: the group's minimum. ``group``: samples [G]."""
         sizes = self.block_sizes(step)
         blocks = (self.grid, sizes.target, sizes.context)
-        return _smallest_context(np.uint64(self.seed), step, group, *blocks, self.least_tokens, self.num_targets)
+        corrected = corrections_of_draws(self.corrections)
+        return _smallest_context(
+            np.uint64(self.seed), step, group, blocks, self.least_tokens, self.num_targets, corrected
+        )
 
 
 MaskSampler = MultiblockSampler | ReferenceSampler

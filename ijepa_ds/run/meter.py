@@ -17,7 +17,9 @@ class Meter:
     It never waits for the device. Kernels run behind the host, so the numbers are right over a window that ends where
     the loop reads its loss, not for a single step. The first step (compilation) and paused time are left out.
 
-    ``peak_flops``: operations a second that the device reaches in a plain product of matrices.
+    ``peak_flops``: operations a second that the device reaches in a plain product of matrices. ``clock`` gives seconds,
+    ``processor_clock`` those that all threads of this process have had a core: what a step costs on a CPU that others
+    use, too.
 
     ::
 
@@ -30,12 +32,18 @@ class Meter:
     """
 
     def __init__(
-        self, *, images_per_step: int, peak_flops: float = math.nan, clock: Callable[[], float] = time.perf_counter
+        self,
+        *,
+        images_per_step: int,
+        peak_flops: float = math.nan,
+        clock: Callable[[], float] = time.perf_counter,
+        processor_clock: Callable[[], float] = time.process_time,
     ) -> None:
         self.images_per_step, self.peak_flops = images_per_step, peak_flops
-        self._clock = clock
+        self._clock, self._processor_clock = clock, processor_clock
         self._warm = False
-        self._since, self._steps, self._waited, self._flops = clock(), 0, 0.0, 0.0
+        self._since, self._worked_since = clock(), processor_clock()
+        self._steps, self._waited, self._flops = 0, 0.0, 0.0
 
     def watch(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The items of ``batches``; the time that each takes to arrive counts as waiting.
@@ -68,26 +76,30 @@ class Meter:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Leave out the time spent inside (a checkpoint, an evaluation)."""
-        began, waited = self._clock(), self._waited
+        began, worked, waited = self._clock(), self._processor_clock(), self._waited
         try:
             yield
         finally:
             self._since += self._clock() - began
+            self._worked_since += self._processor_clock() - worked
             self._waited = waited
 
     def read(self) -> dict[str, float]:
         """What :class:`Meter` says since the last reading; {} where no step was done.
 
-        ``images_per_second`` of all processes, ``step_seconds``, ``loader_wait`` (0 to 1); and, where it was told what
-        is computed, ``tflops`` (10^12 operations a second of this process's device) and ``peak_share`` (0 to 1).
+        ``images_per_second`` of all processes, ``step_seconds``, ``processor_seconds`` of this process for a step,
+        ``loader_wait`` (0 to 1); and, where it was told what is computed, ``tflops`` (10^12 operations a second of this
+        process's device) and ``peak_share`` (0 to 1).
         """
-        seconds, steps, waited, flops = self._clock() - self._since, self._steps, self._waited, self._flops
+        seconds, worked = self._clock() - self._since, self._processor_clock() - self._worked_since
+        steps, waited, flops = self._steps, self._waited, self._flops
         if steps == 0 or seconds <= 0:
             return {}
         self._restart()
         values = {
             "images_per_second": self.images_per_step * steps / seconds,
             "step_seconds": seconds / steps,
+            "processor_seconds": worked / steps,
             "loader_wait": min(1.0, waited / seconds),
         }
         if flops:
@@ -95,4 +107,5 @@ class Meter:
         return values
 
     def _restart(self) -> None:
-        self._since, self._steps, self._waited, self._flops = self._clock(), 0, 0.0, 0.0
+        self._since, self._worked_since = self._clock(), self._processor_clock()
+        self._steps, self._waited, self._flops = 0, 0.0, 0.0

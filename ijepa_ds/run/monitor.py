@@ -38,6 +38,7 @@ KNOWN_SCALARS: dict[str, tuple[str, str]] = {
     "memory_gb": ("speed/memory_gb", "{:.1f} GB"),
     # Not on the console: the rate in images says the same.
     "step_seconds": ("speed/step_seconds", ""),
+    "processor_seconds": ("speed/processor_seconds", ""),
     # ijepa_ds.run.health
     "rankme": ("health/rankme", "rankme {:.1f}"),
     "feature_std": ("health/feature_std", "feature std {:.4f}"),

@@ -35,7 +35,7 @@ from ijepa_ds.data.ffcv_pipeline import PLAIN, DecodeError, Draws, LoaderError, 
 from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.data.pretraining_loader import Batch, PretrainingLoader
 from ijepa_ds.errors import UserError
-from ijepa_ds.method.masks import MultiblockSampler, ReferenceSampler
+from ijepa_ds.method.masks import CORRECTIONS, MultiblockSampler, ReferenceSampler
 from ijepa_ds.random_streams import CROP, permutation, stream
 
 IMAGE_SIZE, GRID = (16, 24), (4, 6)  # rows and columns; patches of 4 pixels
@@ -287,6 +287,18 @@ def test_reference_masks_are_cut_within_their_group_alone(make_loader):
             assert per_image == [smallest[0]] * 8 + [smallest[1]] * 8
             counts.append(tuple(smallest))
     assert any(first != second for first, second in counts)
+
+
+def test_the_loader_draws_corrected_masks(make_loader, monkeypatch):
+    """Compiled into its pipeline, and cut as the released code's are: the first of a random order stay."""
+    corrections = frozenset(CORRECTIONS)
+    sampler = ReferenceSampler(seed=SEED, grid=GRID, min_keep=1, truncation_group=8, corrections=corrections)
+    monkeypatch.setitem(SAMPLERS, "corrected", sampler)
+    for step, batch in enumerate(global_batches([make_loader("corrected")])):
+        drawn = [sampler.draw(step, int(sample)) for sample in batch.samples]
+        kept = min(len(context) for context, _ in drawn)
+        assert batch.context_block.tolist() == [context[:kept].tolist() for context, _ in drawn]
+        assert batch.target_blocks.transpose(0, 1).tolist() == [targets.tolist() for _, targets in drawn]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

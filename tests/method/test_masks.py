@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import time
 
@@ -12,7 +13,13 @@ import pytest
 
 from ijepa_ds.errors import UserError
 from ijepa_ds.method import masks
-from ijepa_ds.method.masks import MaskSampler, MultiblockSampler, ReferenceSampler, default_context_tokens
+from ijepa_ds.method.masks import (
+    CORRECTIONS,
+    MaskSampler,
+    MultiblockSampler,
+    ReferenceSampler,
+    default_context_tokens,
+)
 from ijepa_ds.random_streams import MASK, below, stream, uniform
 
 # 4x4 is 32 px with patch 8, 6x6 is 96 with 16: the released code never ended there. 37x37 is DINOv2's 518 with 14.
@@ -145,6 +152,17 @@ def test_masks_are_what_they_always_were():
     context, targets = reference((16, 16)).draw(3, 5)
     assert len(context) == 111
     assert (targets[:, 0].tolist(), targets[:, -1].tolist()) == ([82, 67, 118, 88], [199, 184, 235, 205])
+
+
+@pytest.mark.parametrize(("grid", "digest"), [((8, 8), "c530ab58c5ee274d"), ((16, 16), "7f80acb88cb171fb")])
+def test_reference_masks_without_corrections_are_what_they_always_were(grid, digest):
+    """Of the code before it had corrections: 200 masks, and the counts of 40 groups."""
+    sampler, found = reference(grid, seed=3, min_keep=8), hashlib.sha256()
+    for step in range(40):
+        for sample, part in itertools.product(range(5), range(2)):
+            found.update(sampler.draw(step, sample)[part].tobytes())
+        found.update(str(sampler.context_count(step, np.arange(32))).encode())
+    assert found.hexdigest()[:16] == digest
 
 
 def plainly_drawn(sampler: MultiblockSampler, step: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
@@ -445,3 +463,120 @@ def test_a_fixed_number_of_each_block_is_kept_and_the_context_stays(share):
     smallest = min(s.target_tokens for s in map(whole.block_sizes, range(200)))
     first, last = counts[: smallest // 2].mean(), counts[smallest // 2 : smallest].mean()
     assert abs(first - last) < 0.15 * (first + last)  # no place of a block is preferred
+
+
+# ------------------------------------------------------------------------------------------- reference, corrected
+
+MORE = [(name,) for name in CORRECTIONS] + [CORRECTIONS]
+
+
+def corrected(*names: str, grid: tuple[int, int] = (16, 16), **more) -> ReferenceSampler:
+    return reference(grid, corrections=frozenset(names), **more)
+
+
+def coverage(sampler: MaskSampler, num_images: int = 1_000) -> tuple[np.ndarray, np.ndarray]:
+    """How often each patch is context, and target, of the grid's shape."""
+    counts = np.zeros((2, sampler.grid[0] * sampler.grid[1]))
+    for image in range(num_images):
+        for of_part, tokens in zip(counts, sampler.draw(image, image), strict=True):
+            of_part[np.unique(tokens)] += 1 / num_images
+    context, targets = counts.reshape(2, *sampler.grid)
+    return context, targets
+
+
+@pytest.mark.parametrize("names", MORE, ids="+".join)
+def test_a_correction_keeps_what_every_mask_must_be(names):
+    sampler = corrected(*names, grid=(8, 8))
+    for step in range(20):
+        target, group = sampler.block_sizes(step).target, np.arange(step, step + 9)
+        drawn = [sampler.draw(step, sample) for sample in group]
+        assert sampler.context_count(step, group) == min(len(context) for context, _ in drawn)
+        for context, targets in drawn:
+            assert (
+                len(np.unique(context)) == len(context) > sampler.min_keep and 0 <= context.min() < context.max() < 64
+            )
+            assert not np.isin(context, targets).any()
+            for block in targets:
+                assert_rectangle(block, (8, 8), target)
+        again = corrected(*names, grid=(8, 8)).draw(step, step)
+        assert all((one == other).all() for one, other in zip(again, drawn[0], strict=True))
+    counts = {sampler.block_sizes(step).target_tokens for step in range(2_000)}
+    assert counts <= set(sampler.target_token_counts())
+
+
+def test_a_random_cut_takes_the_same_from_every_row():
+    """The contexts are the released code's; what a cut leaves of them is a random part, not the first rows."""
+    sampler, plain = corrected("random_cut"), reference((16, 16))
+    before, after, prefixes = np.zeros(16), np.zeros(16), 0
+    for step in range(60):
+        kept = sampler.context_count(step, np.arange(64))
+        assert kept == plain.context_count(step, np.arange(64))
+        for sample in range(64):
+            (context, targets), (ordered, same_targets) = sampler.draw(step, sample), plain.draw(step, sample)
+            assert (np.sort(context) == ordered).all() and (targets == same_targets).all()
+            before += np.bincount(context // 16, minlength=16)
+            after += np.bincount(context[:kept] // 16, minlength=16)
+            prefixes += len(context) > kept and (np.sort(context[:kept]) == ordered[:kept]).all()
+    lost = 1 - after[:15] / before[:15]
+    assert prefixes == 0
+    assert lost.mean() > 0.25 and lost == pytest.approx(np.full(15, lost.mean()), abs=0.04)
+
+
+def test_a_random_cut_takes_every_patch_equally_often():
+    """The first of the random order, in 4,000 contexts of 19 patches or more: a patch's count deviates by 0.8."""
+    sampler, surplus = corrected("random_cut", grid=(6, 6), num_targets=1), np.zeros(36)
+    for step in range(4_000):
+        context, _ = sampler.draw(step, 0)
+        assert len(context) >= 19
+        surplus[context[0]] += 1 / len(context)
+        surplus[context] -= 1 / len(context) ** 2
+    assert abs(surplus).max() < 4
+
+
+def test_a_free_corner_lets_the_context_block_be_anywhere():
+    sampler, plain = corrected("free_corner"), reference((16, 16))
+    assert {sampler.block_sizes(step).context for step in range(300)} == {(15, 15), (16, 16)}
+    context, targets = coverage(sampler)
+    assert context[15].min() > 0.1 and context[:, 15].min() > 0.1
+    assert not targets[15].any() and not targets[:, 15].any()
+    for step in range(50):
+        assert (sampler.draw(step, 7)[1] == plain.draw(step, 7)[1]).all()
+    small = corrected("free_corner", context_scale=(0.25, 0.25), min_keep=0, num_targets=1)  # a block of 8 x 8
+    rows = [small.draw(step, 0)[0] // 16 for step in range(300)]
+    assert {int(row.min()) for row in rows} >= set(range(9)) and all(np.ptp(row) < 8 for row in rows)
+
+
+def test_the_last_row_lies_in_target_blocks_and_never_in_a_context():
+    sampler = corrected("last_row")
+    assert {sampler.block_sizes(step).context for step in range(300)} == {(15, 15)}
+    assert [sampler.block_sizes(step) for step in range(50)] == [reference((16, 16)).block_sizes(s) for s in range(50)]
+    context, targets = coverage(sampler)
+    assert targets[15].min() > 0 and targets[:, 15].min() > 0
+    assert not context[15].any() and not context[:, 15].any()
+    assert targets == pytest.approx(targets[::-1], abs=0.08)  # 5 standard deviations
+
+
+def test_two_numbers_make_scale_and_aspect_ratio_independent():
+    shapes = {}
+    for name, sampler in (("one", reference((64, 64))), ("two", corrected("two_numbers", grid=(64, 64)))):
+        blocks = np.array([sampler.block_sizes(step).target for step in range(2_000)])
+        shapes[name] = np.corrcoef(blocks.prod(1), blocks[:, 0] / blocks[:, 1])[0, 1]
+        assert blocks.prod(1).min() / 64**2 > 0.15 - 0.01 and blocks.prod(1).max() / 64**2 < 0.2 + 0.01
+    assert shapes["one"] > 0.95 and abs(shapes["two"]) < 0.1
+    sampler = corrected("two_numbers")
+    assert len({sampler.block_sizes(step).target for step in range(2_000)}) == 12  # six, as released
+
+
+def test_all_corrections_together_leave_the_count_of_context_tokens_alone():
+    """Sizes and coverage are multiblock's; the number of tokens is the smallest of a group's, not a fixed one."""
+    sampler, wanted = corrected(*CORRECTIONS), multiblock((16, 16))
+    sizes = [np.array([[*b.target, *b.context] for b in map(s.block_sizes, range(2_000))]) for s in (sampler, wanted)]
+    assert sizes[0].mean(0) == pytest.approx(sizes[1].mean(0), abs=0.15)
+    context, targets = coverage(sampler, 2_000)
+    for covered in (context, targets):
+        assert covered == pytest.approx(covered[::-1], abs=0.06) and covered == pytest.approx(
+            covered[:, ::-1], abs=0.06
+        )
+        assert covered.min() > 0.005
+    assert targets == pytest.approx(coverage(wanted, 2_000)[1], abs=0.06)
+    assert len({sampler.context_count(step, np.arange(128)) for step in range(50)}) > 5

@@ -206,8 +206,8 @@ def test_a_folder_that_cannot_be_made_is_a_user_s_mistake(tmp_path):
 
 
 def test_meter_shares_out_the_time_of_a_window():
-    clock = Clock()
-    meter = Meter(images_per_step=8, clock=clock)
+    clock, processor = Clock(), Clock()
+    meter = Meter(images_per_step=8, clock=clock, processor_clock=processor)
 
     def loader():
         for _ in range(5):
@@ -218,26 +218,29 @@ def test_meter_shares_out_the_time_of_a_window():
     readings = []
     for step, _batch in enumerate(meter.watch(loader())):
         clock.wait(50 if step == 0 else 3)  # the first step compiles
+        processor.wait(50 if step == 0 else 6)  # two threads
         meter.step_done()
         if step == 2:
             with meter.pause():
                 clock.wait(1000)  # a checkpoint
+                processor.wait(10)
         readings.append(meter.read() if step in (2, 4) else None)
-    expected = {"images_per_second": 2.0, "step_seconds": 4.0, "loader_wait": 0.25}
+    expected = {"images_per_second": 2.0, "step_seconds": 4.0, "processor_seconds": 6.0, "loader_wait": 0.25}
     assert readings[2] == expected and readings[4] == expected
     assert meter.read() == {}
 
 
 def test_meter_says_what_share_of_the_peak_a_window_has_computed():
     clock = Clock()
-    meter = Meter(images_per_step=8, peak_flops=4e12, clock=clock)
+    meter = Meter(images_per_step=8, peak_flops=4e12, clock=clock, processor_clock=clock)
     for step in range(3):
         for _micro_batch in range(2):
             meter.computes(5e12)
         clock.wait(100 if step == 0 else 5)  # the first step compiles, and does not count
         meter.step_done()
     assert meter.read() == {
-        "images_per_second": 1.6, "step_seconds": 5.0, "loader_wait": 0.0, "tflops": 2.0, "peak_share": 0.5,
+        "images_per_second": 1.6, "step_seconds": 5.0, "processor_seconds": 5.0, "loader_wait": 0.0, "tflops": 2.0,
+        "peak_share": 0.5,
     }  # fmt: skip
     clock.wait(5)
     meter.step_done()
