@@ -210,6 +210,7 @@ class Run:
             OnlineProbe(config, process, say=self.monitor.say),
             grid=config.grid,
             steps_per_epoch=loader.steps_per_epoch,
+            warmup_steps=round(config.ijepa.optimization.warmup_epochs * loader.steps_per_epoch),
         )
         self.saver = Saver(
             self.folder.checkpoints,

@@ -40,6 +40,7 @@ KNOWN_SCALARS: dict[str, tuple[str, str]] = {
     "step_seconds": ("speed/step_seconds", ""),
     # ijepa_ds.run.health
     "rankme": ("health/rankme", "rankme {:.1f}"),
+    "lidar": ("health/lidar", "lidar {:.1f}"),
     "feature_std": ("health/feature_std", "feature std {:.4f}"),
     "mean_cosine": ("health/mean_cosine", "cosine {:.3f}"),
     "token_variance": ("health/token_variance", "token variance {:.3g}"),
