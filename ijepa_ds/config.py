@@ -207,6 +207,9 @@ class MonitorConfig(Checked):
     knn_epochs: NotNegative = changeable_on_resume(10.0, "epochs from one kNN accuracy to the next")
     knn_train_images: Count = changeable_on_resume(50000, "labelled images among which neighbours are sought")
     knn_validation_images: Count = changeable_on_resume(10000, "images that are classified")
+    mirror: Literal["wandb", "mlflow"] | None = changeable_on_resume(
+        None, "the service whose package sends TensorBoard's scalars there, too; null: none"
+    )
 
 
 class CheckpointConfig(Checked):

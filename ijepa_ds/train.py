@@ -59,6 +59,7 @@ from ijepa_ds.run.heartbeat import GIVEN_UP, Heartbeat
 from ijepa_ds.run.loss_guard import LossGuard
 from ijepa_ds.run.losses import LossWindow
 from ijepa_ds.run.meter import Meter
+from ijepa_ds.run.mirror import Mirror, check_mirror
 from ijepa_ds.run.monitor import Monitor
 from ijepa_ds.run.observer import Observer
 from ijepa_ds.run.saving import Saver
@@ -87,6 +88,8 @@ def check_before_building(config: Config) -> tuple[Dataset, MaskSampler]:
     """Everything that can be refused before a model is built or a process joins."""
     ranks = own_ranks()
     check_batch(config, Process(ranks.rank, ranks.world_size, torch.device("cpu")))
+    if ranks.rank == 0:
+        check_mirror(config.ijepa.monitor.mirror)
     data = config.ijepa.data
     dataset = inspect_dataset(data.train)
     if data.validation is not None:
@@ -203,6 +206,7 @@ class Run:
             total_steps=self.last_step,
             images_per_step=config.global_batch,
             start_step=first_step,
+            mirror=self._mirror(),
         )
         self.shapes = shapes_of(config)
         peak = peak_flops(process.device, computing_dtype(config))
@@ -214,6 +218,7 @@ class Run:
             OnlineProbe(config, process, say=self.monitor.say),
             grid=config.grid,
             steps_per_epoch=loader.steps_per_epoch,
+            warmup_steps=round(config.ijepa.optimization.warmup_epochs * loader.steps_per_epoch),
         )
         self.saver = Saver(
             self.folder.checkpoints,
@@ -305,6 +310,10 @@ class Run:
                 f"done: {step} steps, in {self.folder.path}; "
                 f"look at it with: tensorboard --logdir {self.folder.path.parent}"
             )
+
+    def _mirror(self) -> Mirror | None:
+        name = self.config.ijepa.monitor.mirror
+        return Mirror(name, self.folder.path, self.record) if name is not None and self.process.is_main else None
 
     def _save(self, step: int, *, wait: bool) -> None:
         with patiently("saving a checkpoint", self.process):

@@ -42,6 +42,7 @@ SCALARS = {
     "context_tokens": "train/context_tokens",
     "target_tokens": "train/target_tokens",
     "rankme": "health/rankme",
+    "lidar": "health/lidar",
     "feature_std": "health/feature_std",
     "mean_cosine": "health/mean_cosine",
     "token_variance": "health/token_variance",

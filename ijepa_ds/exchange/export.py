@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,16 @@ from torch import Tensor
 from ijepa_ds.build import encoder_dimensions, schedules_of
 from ijepa_ds.config import Config
 from ijepa_ds.engine.checkpoint_files import checkpoint_processes, checkpoint_step, read_weights
-from ijepa_ds.engine.trainable import TARGET
 from ijepa_ds.errors import UserError
+from ijepa_ds.exchange.model_card import write_card
+from ijepa_ds.exchange.run_encoder import RunEncoder, encoder_weights
 from ijepa_ds.exchange.tensor_names import to_reference, to_transformers
 from ijepa_ds.files import replacing
-from ijepa_ds.method.ijepa import CONTEXT_ENCODER, PREDICTOR
+from ijepa_ds.method.ijepa import PREDICTOR
 from ijepa_ds.method.positions import sine_cosine_positions
 from ijepa_ds.run.folder import find_checkpoint, read_run_record
 
 LAYER_NORM_EPS = 1e-6
-_DESCRIPTIONS = {
-    "target": "target (the moving average, which is what I-JEPA evaluates)",
-    "context": "context (what the optimizer trains; I-JEPA evaluates the target encoder)",
-}
 _HELP = """
 formats:
   timm          target_encoder.safetensors, or context_encoder.safetensors: what
@@ -43,38 +39,6 @@ formats:
 I-JEPA is evaluated by its TARGET encoder, which is the default. Tools that read the released
 code's format often take its key 'encoder', which is the context encoder.
 """
-
-
-@dataclass(frozen=True)
-class RunEncoder:
-    """An encoder of a run's checkpoint, with positions for images of a size.
-
-    ``role``: "target" or "context". ``image_size``: (rows, columns) in pixels.
-    """
-
-    checkpoint: Path
-    config: Config
-    role: str
-    image_size: tuple[int, int]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        patch = self.config.ijepa.model.patch_size
-        return self.image_size[0] // patch, self.image_size[1] // patch
-
-    def weights(self) -> dict[str, Tensor]:
-        """fp32 state dict under timm's names, positions included."""
-        return encoder_weights(self.checkpoint, self.grid, self.role)
-
-    def metadata(self) -> dict[str, str]:
-        """Texts for the file's head: which encoder of which run it holds."""
-        return {
-            "format": "pt",
-            "encoder": _DESCRIPTIONS[self.role],
-            "run": self.config.ijepa.run.name,
-            "step": str(checkpoint_step(self.checkpoint)),
-        }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,9 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
             path = export_transformers(encoder, out if options.out else out / default)
         else:
             path = _write_timm(encoder, out)
+        card, remark = write_card(encoder, path, options.format)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error}); choose another --out") from None
-    print(f"written: {path}, {holds} of {checkpoint}")
+    print(f"written: {path}, {holds} of {checkpoint}\n{remark or f'its model card: {card}'}")
     return 0
 
 
@@ -128,16 +93,15 @@ def target_encoder_weights(checkpoint: Path, grid: tuple[int, int]) -> dict[str,
     return encoder_weights(checkpoint, grid, "target")
 
 
-def encoder_weights(checkpoint: Path, grid: tuple[int, int], role: str) -> dict[str, Tensor]:
-    """The fp32 state dict of the "target" or the "context" encoder under timm's names, positions in full precision."""
-    weights = read_weights(checkpoint, TARGET if role == "target" else "master", f"{CONTEXT_ENCODER}.")
-    width = weights["norm.weight"].shape[0]
-    return {"pos_embed": sine_cosine_positions(width, grid)[None], **weights}
-
-
 def export_timm(checkpoint: Path, config: Config, folder: Path) -> Path:
-    """Write the target encoder as safetensors that ``timm.create_model(..., checkpoint_path=...)`` loads strictly."""
-    return _write_timm(RunEncoder(checkpoint, config, "target", config.ijepa.data.image_size), folder)
+    """Write the target encoder as safetensors that ``timm.create_model(..., checkpoint_path=...)`` loads strictly.
+
+    Its model card is written beside it.
+    """
+    encoder = RunEncoder(checkpoint, config, "target", config.ijepa.data.image_size)
+    path = _write_timm(encoder, folder)
+    write_card(encoder, path, "timm")
+    return path
 
 
 def export_transformers(encoder: RunEncoder, folder: Path) -> Path:

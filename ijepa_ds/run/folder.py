@@ -25,12 +25,14 @@ VISIBLE = 10.0  # seconds until a file written on one node must be seen on all o
 
 
 class RunRecord(Checked):
-    """Of a run's config.json the part that is read again: the effective configuration, the number of its images."""
+    """Of a run's config.json the part that is read again: configuration, number of images, what it was made with."""
 
     model_config = ConfigDict(extra="ignore")
 
     config: dict[str, Any]
     images: Annotated[int, Field(ge=0)] | None
+    versions: dict[str, str] = Field(default_factory=dict)
+    commit: str = "unknown"
 
 
 class RunFolder:
@@ -171,9 +173,19 @@ def read_run_config(path: Path) -> Config:
 
 def read_run_record(path: Path) -> tuple[Config, int | None]:
     """A run's configuration and number of training images, None where weights were imported and not trained yet."""
+    record = _read_record(path)
+    return parse_config(record.config, source=str(path / "config.json")), record.images
+
+
+def read_run_origin(path: Path) -> tuple[dict[str, str], str]:
+    """What a run was last started with: versions by package, and the commit or "unknown"."""
+    record = _read_record(path)
+    return record.versions, record.commit
+
+
+def _read_record(path: Path) -> RunRecord:
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path} is not a run folder: it has no config.json")
     cure = f"put back what the run wrote, or move {path} away"
-    record = read_json(RunRecord, file, f"is not what a run writes; {cure}", cure)
-    return parse_config(record.config, source=str(file)), record.images
+    return read_json(RunRecord, file, f"is not what a run writes; {cure}", cure)

@@ -22,6 +22,7 @@ from ijepa_ds.activity import doing
 from ijepa_ds.errors import UserError
 from ijepa_ds.progress import duration
 from ijepa_ds.run.metrics_file import MetricsFile
+from ijepa_ds.run.mirror import Mirror
 
 # The values every run logs: name -> (TensorBoard tag, console text). The console keeps this order.
 KNOWN_SCALARS: dict[str, tuple[str, str]] = {
@@ -41,6 +42,7 @@ KNOWN_SCALARS: dict[str, tuple[str, str]] = {
     "processor_seconds": ("speed/processor_seconds", ""),
     # ijepa_ds.run.health
     "rankme": ("health/rankme", "rankme {:.1f}"),
+    "lidar": ("health/lidar", "lidar {:.1f}"),
     "feature_std": ("health/feature_std", "feature std {:.4f}"),
     "mean_cosine": ("health/mean_cosine", "cosine {:.3f}"),
     "token_variance": ("health/token_variance", "token variance {:.3g}"),
@@ -60,6 +62,7 @@ class Monitor:
         images_per_step: the global batch, for an image rate where :class:`Meter` gave none.
         start_step: the step a resumed run goes on from; what an earlier process logged beyond it is taken back.
         clock: seconds, for tests.
+        mirror: hears the scalars, too.
 
     Raises:
         UserError: the folder cannot be made or written at the start.
@@ -74,6 +77,7 @@ class Monitor:
         images_per_step: int,
         start_step: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        mirror: Mirror | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.enabled = enabled
@@ -85,6 +89,7 @@ class Monitor:
         self._last_time = 0.0
         self._step_seconds: deque[float] = deque(maxlen=INTERVALS_KEPT)
         self._warned = False
+        self._mirror = mirror
         if not enabled:
             return
         _hide_full_disks_of_tensorboard()
@@ -113,6 +118,8 @@ class Monitor:
         self._save(lambda: self._metrics.write(step, values))
         for name, value in values.items():
             self._to_tensorboard("add_scalar", scalar_tag(name), value, step)
+        if self._mirror is not None:
+            self._mirror.scalars(step, {scalar_tag(name): value for name, value in values.items()})
         if console:
             self.say(self._console_line(step, values))
 
@@ -141,6 +148,9 @@ class Monitor:
         if self.enabled and self._writer is not None:
             writer, self._writer = self._writer, None
             self._save(writer.close)
+        if self._mirror is not None:
+            mirror, self._mirror = self._mirror, None
+            mirror.close()
 
     def seconds_left(self, step: int) -> float | None:
         """Estimate at the recent rate; None while there is no interval to go by.

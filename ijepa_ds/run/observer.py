@@ -10,6 +10,7 @@ from torch import Tensor
 from ijepa_ds.config import MonitorConfig
 from ijepa_ds.distributed import Process, patiently
 from ijepa_ds.engine.trainable import Batch
+from ijepa_ds.run.collapse import CollapseWatch
 from ijepa_ds.run.health import health
 from ijepa_ds.run.monitor import Monitor
 from ijepa_ds.run.pictures import draw_masks, feature_sheet
@@ -42,9 +43,11 @@ class Observer:
         *,
         grid: tuple[int, int],
         steps_per_epoch: int,
+        warmup_steps: int,
     ) -> None:
         self.settings, self.process, self.monitor, self.probe = settings, process, monitor, probe
         self.grid, self.steps_per_epoch = grid, steps_per_epoch
+        self.collapse = CollapseWatch(trained_from=warmup_steps)
 
     def after_step(self, step: int, batch: Batch, features: Features, *, last: bool) -> None:
         """Show what is due after ``step`` steps, of the last micro-batch; all processes call this together."""
@@ -55,11 +58,18 @@ class Observer:
             return
         with patiently("looking at its features", self.process):  # rank 0, for the most part
             if self.process.is_main and healthy:
-                self.monitor.scalars(step, health(features(batch.images[:HEALTH_IMAGES])))
+                self._examine(step, batch, features)
             if self.process.is_main and drawn:
                 self._draw(step, batch, features)
             if probed:
                 self.monitor.scalars(step, self.probe.accuracy(features))
+
+    def _examine(self, step: int, batch: Batch, features: Features) -> None:
+        images = batch.images[:HEALTH_IMAGES]
+        signals = health(features(images), batch.context_block)
+        self.monitor.scalars(step, signals)
+        if warning := self.collapse.look(step, signals, num_images=len(images)):
+            self.monitor.say(warning)
 
     def _draw(self, step: int, batch: Batch, features: Features) -> None:
         images = batch.images[:PICTURE_IMAGES]
