@@ -88,6 +88,7 @@ class Batch:
     images: Tensor  # uint8 [B, H, W, 3]
     context_block: Tensor  # int64 [B, K]
     target_blocks: Tensor  # int64 [M, B, T]
+    keys: Tensor | None = None
 
 
 # --------------------------------------------------------------------------------------------------- what is compared

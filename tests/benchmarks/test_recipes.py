@@ -270,7 +270,7 @@ GRID: dict[str, Any] = {"config": "c.json", "recipes": {"a": [], "b": []}, "seed
         ({"recipe": {}}, [], "recipe .*did you mean recipes"),
         ({"recipes": {"plain": ["ijepa.run.sed=1"]}}, [], r"recipe plain: (?s:.*)did you mean seed"),
         (
-            {"recipes": {"plain": ["ijepa.masks.sampler=reference"]}},
+            {"recipes": {"plain": ["ijepa.masks.sampler=reference", "ijepa.masks.truncation_group=32"]}},
             [],
             "recipe plain: the reference sampler never",
         ),

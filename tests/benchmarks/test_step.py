@@ -30,6 +30,8 @@ NOW = Hyperparameters(lr=1e-3, weight_decay=0.05, momentum=0.9)
 class Batch:
     """Three images, whose context blocks are cut to five patches."""
 
+    keys = None
+
     def __init__(self) -> None:
         draw = torch.Generator().manual_seed(0)
         self.images = torch.randn(3, 3, *IMAGE_SIZE, generator=draw)
