@@ -22,18 +22,13 @@ class TargetEncoder:
     """The network whose weights are the average's.
 
     ``encoder`` gives the architecture (on the meta device: its weights are replaced). ``average`` is of the context
-    encoder's weights. ``layers``: of how many of its last blocks the targets are the mean.
+    encoder's weights.
     """
 
-    def __init__(
-        self,
-        encoder: VisionTransformer,
-        average: MovingAverage,
-        *,
-        autocast: torch.dtype | None = None,
-        layers: int = 1,
-    ) -> None:
-        self._average, self._autocast, self.layers = average, autocast, layers
+    layers = 1  # the last blocks of which targets are the mean
+
+    def __init__(self, encoder: VisionTransformer, average: MovingAverage, *, autocast: torch.dtype | None = None):
+        self._average, self._autocast = average, autocast
         weights = average.weights
         for name, view in weights.items():
             _set_parameter(encoder, name.removeprefix(f"{CONTEXT_ENCODER}."), view)

@@ -58,11 +58,6 @@ class Schedules:
     momentum: tuple[float, float]
     cooldown_steps: int | None = None
 
-    @property
-    def free_until(self) -> int:
-        """The first step, counted from 0, whose values depend on where the schedule ends."""
-        return 0 if self.cooldown_steps is None else self.horizon - self.cooldown_steps
-
     def at(self, step: int) -> Hyperparameters:
         """The values to use in ``step``, counted from 0."""
         if self.cooldown_steps is not None:

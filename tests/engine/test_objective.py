@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from distributed_runs import TrainingRun, bare_run, checkpoint_tensors, once, run_training, tiny_config
+import torch
+from distributed_runs import (
+    TrainingRun,
+    bare_run,
+    build_parts,
+    checkpoint_tensors,
+    once,
+    run_ranks,
+    run_training,
+    tiny_config,
+    train_beton,
+)
 
 from ijepa_ds.config import parse_config
+from ijepa_ds.engine.trainable import ShardedTrainable
 from ijepa_ds.errors import UserError
 
 ALL = {
@@ -51,6 +65,68 @@ def test_two_contexts_an_image_do_not_depend_on_the_ranks() -> None:
     one = trained("contexts", 1, **CONTEXTS)
     two = trained("contexts_2_ranks", 2, train_micro_batch_size_per_gpu=2, **CONTEXTS)
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
+
+
+def arrived() -> dict[str, Any]:
+    """In a rank: where each option has come to."""
+    from ijepa_ds.build import build_loader, build_sampler
+    from ijepa_ds.data.beton import inspect_dataset
+
+    parts = build_parts(tiny_config(**ALL, ijepa__objective__contexts=3))
+    trainable, config = parts.trainable, parts.config
+    loader = build_loader(config, inspect_dataset(config.ijepa.data.train), build_sampler(config), trainable)
+    regulariser = trainable.module.regulariser
+    return {
+        "vicreg": (regulariser.group, regulariser.variance, regulariser.covariance),
+        "target_layers": trainable.target_encoder.layers,
+        "noise": trainable.module.predictor.noise_std,
+        "loader": (loader.crops.flip, loader.draws.contexts, loader.draws.keys, loader.sampler.predict_share),
+    }
+
+
+def test_every_option_arrives_where_it_acts() -> None:
+    """That two layouts agree does not say that an option is on."""
+    train_beton()
+    [found] = run_ranks(arrived, 1)
+    assert found == {
+        "vicreg": (2, 0.25, 0.01),
+        "target_layers": 2,
+        "noise": pytest.approx(0.1**0.5),
+        "loader": (True, 3, True, 0.5),
+    }
+
+
+@dataclass
+class TwoContexts:
+    """Three images, whose two contexts have two target blocks each."""
+
+    images: torch.Tensor  # [3, 16, 5]: here an image is its features
+    target_blocks: torch.Tensor  # [2, 2 * 3, 4]
+    context_block: torch.Tensor = field(default_factory=lambda: torch.zeros(6, 1))
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_each_context_gets_the_targets_of_its_own_blocks(at_once: int) -> None:
+    """Wherever they are computed: in one pass an image, or of several micro-batches."""
+
+    def select(images: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        assert blocks.shape[1] == len(images)  # an image is passed once
+        return torch.cat(
+            [torch.stack([image[own] for image, own in zip(images, block, strict=True)]) for block in blocks]
+        )
+
+    draw = torch.Generator().manual_seed(0)
+    batches = [
+        TwoContexts(torch.randn(3, 16, 5, generator=draw), torch.randint(16, (2, 6, 4), generator=draw))
+        for _ in range(2)
+    ]
+    engine = SimpleNamespace(batches_at_once=at_once, to_input=lambda images: images, target_encoder=select)
+    found = list(ShardedTrainable.with_targets(engine, iter(batches)))
+    for batch, (same, _, targets) in zip(batches, found, strict=True):
+        assert same is batch
+        for m, block in enumerate(targets.unflatten(0, (2, 6))):
+            for position, features in enumerate(block):  # contexts of the first kind, then of the second
+                assert torch.equal(features, batch.images[position % 3][batch.target_blocks[m, position]])
 
 
 # ------------------------------------------------------------------------------------------------------ length of a run
