@@ -101,6 +101,9 @@ class RunConfig(Checked):
     stop_after_steps: Count | None = changeable_on_resume(
         None, "end after so many, with a checkpoint; the schedules keep their length"
     )
+    start_from: Annotated[str, must(is_path, "cannot be the name of a file")] | None = changeable_on_resume(
+        None, "a run's folder, or one of its checkpoints/step_N, that a new run of the same recipe goes on from"
+    )
     silence_seconds: float = changeable_on_resume(
         60.0, "a process that gives no sign of life for so long counts as dead, and all others leave", ge=5, le=86400
     )

@@ -198,8 +198,10 @@ class Run:
         self.record = self.folder.prepare(config, loader.dataset.num_samples) if process.is_main else {}
         # Before the log is opened, of which only what comes before this step stays.
         with patiently("reading a checkpoint", process):
-            self.loaded = load_newest(self.folder.checkpoints, trainable.state(), process)
+            start = self.folder.start(config) if process.is_main else None
+            self.loaded = load_newest(self.folder.checkpoints, trainable.state(), process, start)
         first_step = 0 if self.loaded is None else self.loaded.step
+        has_saved = self.loaded is not None and self.loaded.checkpoint.parent == self.folder.checkpoints
         self.monitor = Monitor(
             self.folder.path,
             enabled=process.is_main,
@@ -226,7 +228,7 @@ class Run:
             process,
             steps_per_epoch=loader.steps_per_epoch,
             say=self.monitor.say,
-            saved_step=-1 if self.loaded is None else first_step,
+            saved_step=first_step if has_saved else -1,
             keep_step=first_step_of_cooldown(config.ijepa.optimization, loader.steps_per_epoch),
         )
         self.losses, self.votes = LossWindow(process), Votes(process)
@@ -363,6 +365,8 @@ class Run:
         config, loader = self.config, self.loader
         millions = {name: count / 1e6 for name, count in self.trainable.num_parameters.items()}
         beginning = "starting at step 0" if self.loaded is None else f"going on from step {step}"
+        if self.loaded is not None and self.loaded.checkpoint.parent != self.folder.checkpoints:
+            beginning += f" of {self.loaded.checkpoint}"
         return (
             f"{config.ijepa.run.name}: encoder {millions['context_encoder']:.1f} M, predictor "
             f"{millions['predictor']:.1f} M parameters; {loader.dataset.num_samples} images, "

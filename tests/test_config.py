@@ -593,6 +593,7 @@ CHANGEABLE = {
     "ijepa__run__deterministic": True,
     "ijepa__run__nonfinite_steps": 5,
     "ijepa__run__silence_seconds": 30,
+    "ijepa__run__start_from": "runs/other",
     "ijepa__data__train": "moved.beton",
     "ijepa__data__validation": "val.beton",
     "ijepa__data__workers": 3,

@@ -59,8 +59,8 @@ def load(checkpoint: Path, state: State, process: Process) -> int:
     return step
 
 
-def load_newest(folder: Path, state: State, process: Process) -> Loaded | None:
-    """:func:`load` the newest checkpoint that is not damaged; None where there is none at all.
+def load_newest(folder: Path, state: State, process: Process, start: Path | None = None) -> Loaded | None:
+    """:func:`load` the newest checkpoint that is not damaged; ``start`` where there is none at all, None without it.
 
     Those that are damaged are set aside. All processes call this together, and take the same one.
 
@@ -68,7 +68,8 @@ def load_newest(folder: Path, state: State, process: Process) -> Loaded | None:
         UserError: every one is damaged, or one is of another model.
     """
     # Rank 0 decides: on a shared file system others may see it late.
-    found = from_main(list_checkpoints(folder)[::-1] if process.is_main else [], process)
+    own = list_checkpoints(folder)[::-1] if process.is_main else []
+    found = from_main(own or [path for path in [start] if path is not None], process)
     damaged: list[Damaged] = []
     for checkpoint in found:
         try:
@@ -89,8 +90,8 @@ def load_newest(folder: Path, state: State, process: Process) -> Loaded | None:
         )
     if damaged:
         raise UserError(
-            f"no checkpoint in {folder} is whole: {some((one.what for one in damaged), shown=3)}; put back a copy "
-            "of one, or choose another ijepa.run.name to start over"
+            f"no checkpoint in {found[0].parent} is whole: {some((one.what for one in damaged), shown=3)}; put back a "
+            "copy of one, or choose another ijepa.run.name to start over"
         )
     return None
 

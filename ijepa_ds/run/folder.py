@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from ijepa_ds.config import Config, OptimizationConfig, parse_config
-from ijepa_ds.engine.checkpoint_files import list_checkpoints, remove_incomplete, step_of
+from ijepa_ds.engine.checkpoint_files import checkpoint_step, list_checkpoints, remove_incomplete, step_of
 from ijepa_ds.errors import UserError, listing
 from ijepa_ds.files import replacing
 from ijepa_ds.run.provenance import git_commit, versions
@@ -51,53 +51,31 @@ class RunFolder:
             raise UserError(f"{self.path} cannot be written ({nearest} {reason}); choose another ijepa.run.folder")
 
     def check_belongs(self, config: Config, num_images: int) -> None:
-        """Refuse a folder that holds another run: what differs is listed. Reads only.
+        """Refuse a folder that holds another run, or a start from one: what differs is listed. Reads only.
 
         A folder that weights were imported into has not seen its images yet: any number of them belongs to it.
         """
-        if not list_checkpoints(self.checkpoints):
-            return  # at most an attempt that ended before its first checkpoint: nothing to protect
-        if not (self.path / "config.json").exists():
-            raise UserError(f"{self.path} holds checkpoints but no config.json; choose another ijepa.run.name")
-        saved, saved_images = read_run_record(self.path)
-        then, now = saved.recipe(), config.recipe()
-        if self._may_end_elsewhere(saved, config, num_images):
-            for key in _ENDS:
-                now[key] = then[key]
-        if saved_images is not None:
-            then["images in ijepa.data.train"], now["images in ijepa.data.train"] = saved_images, num_images
-        differing = [
-            f"{key}: {json.dumps(then.get(key))} there, {json.dumps(now.get(key))} here"
-            for key in sorted(then.keys() | now.keys())
-            if then.get(key) != now.get(key)
-        ]
-        if differing:
-            raise UserError(
-                f"{self.path} belongs to a run with another configuration; choose another ijepa.run.name, or remove "
-                f"the folder to start over. What differs:{listing(differing)}"
-            )
+        if found := list_checkpoints(self.checkpoints):
+            if not (self.path / "config.json").exists():
+                raise UserError(f"{self.path} holds checkpoints but no config.json; choose another ijepa.run.name")
+            if differing := _differing(self.path, step_of(found[-1]), config, num_images):
+                raise UserError(
+                    f"{self.path} belongs to a run with another configuration; choose another ijepa.run.name, or "
+                    f"remove the folder to start over. What differs:{listing(differing)}"
+                )
+        elif (start := self.start(config)) is not None:  # a folder without a checkpoint has nothing to protect
+            there = find_checkpoint(start)[0]
+            same_name = config.changed("run", name=read_run_config(there).ijepa.run.name)
+            if differing := _differing(there, checkpoint_step(start), same_name, num_images):
+                raise UserError(
+                    f"{start} (ijepa.run.start_from) is of another recipe, which cannot be gone on with; take over its "
+                    f"settings, or leave ijepa.run.start_from out. What differs:{listing(differing)}"
+                )
 
-    def _may_end_elsewhere(self, saved: Config, config: Config, num_images: int) -> bool:
-        """Whether the run may get another length: its past would have been the same.
-
-        Raises:
-            UserError: it would but for its cool-down, which has begun.
-        """
-        then, now = saved.ijepa.optimization, config.ijepa.optimization
-        if then.schedule != "constant_then_cooldown" or then.schedule != now.schedule:
-            return False
-        if (then.epochs, then.cooldown_epochs) == (now.epochs, now.cooldown_epochs):
-            return True
-        steps_per_epoch = num_images // config.global_batch
-        newest = step_of(list_checkpoints(self.checkpoints)[-1])
-        began = min(first_step_of_cooldown(part.ijepa.optimization, steps_per_epoch) for part in (saved, config))
-        if newest <= began:
-            return True
-        raise UserError(
-            f"{self.path} has a checkpoint of step {newest}, after its cool-down began or would have begun at step "
-            f"{began}: its length can no longer change. To go on from before, copy config.json and a checkpoint of at "
-            "most that step (checkpoints/step_N) into the folder of another ijepa.run.name"
-        )
+    def start(self, config: Config) -> Path | None:
+        """The checkpoint of another run to begin with, if that was asked for and there is none of this run's own."""
+        start = config.ijepa.run.start_from
+        return None if start is None or list_checkpoints(self.checkpoints) else find_checkpoint(Path(start))[1]
 
     def prepare(self, config: Config, num_images: int | None) -> dict[str, Any]:
         """Make the folder, remove what a killed process left half written, record configuration and versions.
@@ -145,6 +123,44 @@ class RunFolder:
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, if there is one."""
         return next(reversed(list_checkpoints(self.checkpoints)), None)
+
+
+def _differing(path: Path, step: int, config: Config, num_images: int) -> list[str]:
+    """A line for each setting that does not allow ``config`` to go on after ``step`` steps of the run in ``path``."""
+    saved, saved_images = read_run_record(path)
+    then, now = saved.recipe(), config.recipe()
+    if _may_end_elsewhere(saved, config, num_images, path, step):
+        for key in _ENDS:
+            now[key] = then[key]
+    if saved_images is not None:
+        then["images in ijepa.data.train"], now["images in ijepa.data.train"] = saved_images, num_images
+    return [
+        f"{key}: {json.dumps(then.get(key))} there, {json.dumps(now.get(key))} here"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    ]
+
+
+def _may_end_elsewhere(saved: Config, config: Config, num_images: int, path: Path, step: int) -> bool:
+    """Whether the run in ``path`` may get another length after ``step`` steps: its past would have been the same.
+
+    Raises:
+        UserError: it would but for its cool-down, which has begun.
+    """
+    then, now = saved.ijepa.optimization, config.ijepa.optimization
+    if then.schedule != "constant_then_cooldown" or then.schedule != now.schedule:
+        return False
+    if (then.epochs, then.cooldown_epochs) == (now.epochs, now.cooldown_epochs):
+        return True
+    steps_per_epoch = num_images // config.global_batch
+    began = min(first_step_of_cooldown(part.ijepa.optimization, steps_per_epoch) for part in (saved, config))
+    if step <= began:
+        return True
+    raise UserError(
+        f"{path} has a checkpoint of step {step}, after its cool-down began or would have begun at step {began}: its "
+        "length can no longer change. To go on from before, choose another ijepa.run.name and give a checkpoint of at "
+        f"most that step: --set ijepa.run.start_from={path}/checkpoints/step_N"
+    )
 
 
 def first_step_of_cooldown(optimization: OptimizationConfig, steps_per_epoch: int) -> int:

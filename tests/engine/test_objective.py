@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from distributed_runs import (
+    GLOBAL_BATCH,
     TrainingRun,
     bare_run,
     build_parts,
@@ -21,8 +23,10 @@ from distributed_runs import (
 )
 
 from ijepa_ds.config import parse_config
+from ijepa_ds.engine.checkpoint_files import SavedState, state_json
 from ijepa_ds.engine.trainable import ShardedTrainable
 from ijepa_ds.errors import UserError
+from ijepa_ds.run.folder import RunFolder
 
 ALL = {
     "ijepa__objective": {"vicreg": 0.01, "vicreg_group": 2, "target_layers": 2, "predict_share": 0.5},
@@ -148,9 +152,46 @@ def test_a_run_is_extended_and_cooled_down_by_the_same_command() -> None:
     assert extended.losses == whole.losses
     kept, again = checkpoint_tensors(whole.folder, 4), checkpoint_tensors(extended.folder, 4)
     assert all((kept[name] == again[name]).all() for name in kept)
-    longer = run_training(constant("cooled", 3, 0.5))
-    assert longer.exit_codes == [2]
-    assert "cool-down began or would have begun at step 4: its length can no longer change" in longer.output
+    longer = parse_config(constant("cooled", 3, 0.5))
+    with pytest.raises(UserError, match="began or would have begun at step 4: its length can no longer change"):
+        RunFolder(longer).check_belongs(longer, 4 * GLOBAL_BATCH)
+    before = str(whole.folder / "checkpoints" / "step_000000004")
+    branch = run_training(constant("branch", 1.5, 0.5, ijepa__run__start_from=before))
+    assert f"going on from step 4 of {before}" in branch.output and branch.exit_codes == [0], branch.output
+    assert branch.losses == whole.losses[4:]
+
+
+@pytest.mark.parametrize(
+    ("step", "epochs", "cooldown", "seed", "says"),
+    [
+        (4, 1.5, 0.5, 0, None),
+        (4, 3, 0.5, 0, None),
+        (4, 1, 0, 0, None),
+        (6, 1.5, 0.5, 0, None),
+        (6, 3, 0.5, 0, "would have begun at step 4: its length can no longer change"),
+        (4, 1.5, 0.5, 1, r"\(ijepa.run.start_from\) is of another recipe(.|\n)*ijepa.run.seed: 0 there, 1 here"),
+    ],
+)
+def test_what_a_run_may_start_from(
+    tmp_path: Path, step: int, epochs: float, cooldown: float, seed: int, says: str | None
+) -> None:
+    """A run of 6 steps, of which the last 2 cooled down, with the checkpoints of steps 4 and 6."""
+    folder = {"ijepa__run__folder": str(tmp_path)}
+    there = parse_config(constant("there", 1.5, 0.5, **folder))
+    RunFolder(there).prepare(there, 4 * GLOBAL_BATCH)
+    for saved in (4, 6):
+        checkpoint = tmp_path / "there" / "checkpoints" / f"step_{saved:09d}"
+        checkpoint.mkdir()
+        state = SavedState(format=2, step=saved, shapes={})
+        (checkpoint / "state.json").write_bytes(state_json(state))
+    start = {"ijepa__run__start_from": str(tmp_path / "there" / "checkpoints" / f"step_{step:09d}")}
+    here = parse_config(constant("here", epochs, cooldown, ijepa__run__seed=seed, **folder, **start))
+    if says is None:
+        RunFolder(here).check_belongs(here, 4 * GLOBAL_BATCH)
+        assert str(RunFolder(here).start(here)) == start["ijepa__run__start_from"]
+    else:
+        with pytest.raises(UserError, match=says):
+            RunFolder(here).check_belongs(here, 4 * GLOBAL_BATCH)
 
 
 @pytest.mark.parametrize(
