@@ -27,7 +27,7 @@ import measure
 import torch
 import workload
 
-from ijepa_ds.config import CheckpointConfig, Config
+from ijepa_ds.config import Config
 from ijepa_ds.engine import checkpoint, checkpoint_writer
 from ijepa_ds.engine.snapshot import HostCopies, views
 from ijepa_ds.engine.trainable import State
@@ -35,6 +35,7 @@ from ijepa_ds.engine.zero import init_distributed
 from ijepa_ds.files import write_synced
 from ijepa_ds.method.schedules import Hyperparameters
 from ijepa_ds.run.saving import Saver
+from ijepa_ds.settings import CheckpointConfig
 from ijepa_ds.train import build_trainable
 
 NOW = Hyperparameters(1e-4, 0.05, 0.99)

@@ -1,6 +1,6 @@
 """Writes what follows from the settings: ``ds_configs/schema.json`` for editors, ``docs/configuration.md`` for readers.
 
-After a change of ijepa_ds/config.py: ``python -m ijepa_ds.config_reference``
+After a change of ijepa_ds/settings.py: ``python -m ijepa_ds.config_reference``
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core.core_schema import WithDefaultSchema
 
-from ijepa_ds.config import CHANGEABLE, ConfigFile, IJEPAConfig
 from ijepa_ds.exchange.reference_yaml import Released
 from ijepa_ds.files import PROJECT, replacing
+from ijepa_ds.settings import CHANGEABLE, ConfigFile, IJEPAConfig
 from ijepa_ds.validation import Checked, section_of
 
 SCHEMA, TABLE = PROJECT / "ds_configs" / "schema.json", PROJECT / "docs" / "configuration.md"

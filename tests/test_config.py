@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from ijepa_ds.config import DEEPSPEED_KEYS, Config, load_config, parse_config
+from ijepa_ds.config import Config, load_config, parse_config
 from ijepa_ds.errors import UserError
+from ijepa_ds.settings import DEEPSPEED_KEYS
 
 FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
 CONFIGS = sorted(set(FOLDER.glob("*.json")) - {FOLDER / "schema.json"})

@@ -19,11 +19,13 @@ GROUND = (
 MAY_IMPORT = {
     "method": "",
     "deepspeed_settings": "",
-    "config": "deepspeed_settings",
-    "config_reference": "deepspeed_settings config exchange",
+    "settings": "deepspeed_settings",
+    "config_rules": "settings",
+    "config": "settings config_rules",
+    "config_reference": "settings exchange",
     "data": "method",
     "engine": "method config",
-    "run": "method config engine",
+    "run": "method settings config engine",
     "build": "method config data",
     "exchange": "method config build engine run",
     "plan": "method config build",
@@ -108,6 +110,6 @@ def test_deepspeed_and_ffcv_are_imported_in_few_files(library, homes):
 
 
 def test_only_the_standard_library_and_pydantic_are_needed_to_check_a_config():
-    for module in ("config", "deepspeed_settings", "errors", "validation"):
+    for module in ("config", "config_rules", "settings", "deepspeed_settings", "errors", "validation"):
         outside = {name.partition(".")[0] for name in imported(MODULES[module])} - {PACKAGE}
         assert outside <= {*sys.stdlib_module_names, "pydantic", "pydantic_core"}

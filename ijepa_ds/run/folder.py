@@ -12,11 +12,12 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from ijepa_ds.config import Config, OptimizationConfig, parse_config
+from ijepa_ds.config import Config, parse_config
 from ijepa_ds.engine.checkpoint_files import checkpoint_step, list_checkpoints, remove_incomplete, step_of
 from ijepa_ds.errors import UserError, listing
 from ijepa_ds.files import replacing
 from ijepa_ds.run.provenance import git_commit, versions
+from ijepa_ds.settings import OptimizationConfig
 from ijepa_ds.validation import Checked, read_json
 
 # Where a run with a constant learning rate ends is decided late.

@@ -7,13 +7,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ijepa_ds.config import MonitorConfig
 from ijepa_ds.distributed import Process, patiently
 from ijepa_ds.engine.trainable import Batch
 from ijepa_ds.run.collapse import CollapseWatch
 from ijepa_ds.run.health import health
 from ijepa_ds.run.monitor import Monitor
 from ijepa_ds.run.pictures import draw_masks, feature_sheet
+from ijepa_ds.settings import MonitorConfig
 
 PICTURE_IMAGES = 8
 HEALTH_IMAGES = 256

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ijepa_ds.config import CheckpointConfig
 from ijepa_ds.distributed import Process
 from ijepa_ds.engine.checkpoint_writer import Where, Writing
 from ijepa_ds.engine.snapshot import HostCopies, views
 from ijepa_ds.engine.trainable import Outcome, State
+from ijepa_ds.settings import CheckpointConfig
 
 
 class Saver:

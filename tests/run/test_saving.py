@@ -9,7 +9,6 @@ import psutil
 import pytest
 import torch
 
-from ijepa_ds.config import CheckpointConfig
 from ijepa_ds.distributed import Process
 from ijepa_ds.engine import checkpoint_writer, rank_files
 from ijepa_ds.engine.checkpoint_files import list_checkpoints, read_weights
@@ -17,6 +16,7 @@ from ijepa_ds.engine.shards import Placement, Shard
 from ijepa_ds.engine.trainable import Outcome, State
 from ijepa_ds.errors import UserError
 from ijepa_ds.run.saving import Saver
+from ijepa_ds.settings import CheckpointConfig
 
 ALONE = Process(0, 1, torch.device("cpu"))
 FINE = Outcome(torch.tensor([0.5]), torch.tensor(True), torch.tensor(1.0))
