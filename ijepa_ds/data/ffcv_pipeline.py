@@ -35,7 +35,8 @@ from ijepa_ds.data.beton import Dataset, Tables
 from ijepa_ds.data.crops import is_flipped, mirror
 from ijepa_ds.data.mapped_files import map_files
 from ijepa_ds.errors import UserError, hide_finalizers_of_numba, some
-from ijepa_ds.method import masks
+from ijepa_ds.method import mask_draws
+from ijepa_ds.method.masks import MaskSampler
 from ijepa_ds.random_streams import CROP, NOISE, stream
 
 TIME_SHIFT = np.uint64(32)
@@ -132,7 +133,7 @@ class SampleMasks(Operation):
     It holds for each context its number of tokens, its tokens, M target blocks and, where asked for, a key of 64 bits.
     """
 
-    def __init__(self, sampler: masks.MaskSampler, draws: Draws = PLAIN) -> None:
+    def __init__(self, sampler: MaskSampler, draws: Draws = PLAIN) -> None:
         super().__init__()
         self.sampler, self.draws = sampler, draws
         self.target_room = sampler.block_room()
@@ -160,7 +161,7 @@ class SampleMasks(Operation):
 
         def sample_masks(batch_indices, rows, metadata, storage_state):
             step = batch_indices[0] >> TIME_SHIFT  # a batch has one
-            one, two, three = masks.size_numbers(seed, step)
+            one, two, three = mask_draws.size_numbers(seed, step)
             sizes = sizes_of(one, two, three, grid, target_scale, aspect_ratio, context_scale)
             tokens = sizes[0] * sizes[1]
             predicted = max(1, round(tokens * share))
@@ -168,13 +169,13 @@ class SampleMasks(Operation):
                 sample = batch_indices[position] & _SAMPLE
                 for context in range(contexts):
                     row = rows[position].reshape((contexts, -1))[context]
-                    own = masks.seed_of_context(seed, context)
+                    own = mask_draws.seed_of_context(seed, context)
                     targets = row[1 + room : 1 + room + num_targets * tokens].reshape((num_targets, tokens))
                     row[0] = draw_image(
                         own, step, sample, grid, sizes[:2], sizes[2:], limit, row[1 : 1 + room], targets
                     )
                     if predicted < tokens:
-                        masks.thin(own, step, sample, targets, predicted)
+                        mask_draws.thin(own, step, sample, targets, predicted)
                     if keys:
                         row[-2:].view(np.uint64)[0] = stream(own, NOISE, step, sample)
             return rows[: len(batch_indices)]

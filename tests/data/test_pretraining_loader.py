@@ -35,7 +35,8 @@ from ijepa_ds.data.ffcv_pipeline import PLAIN, DecodeError, Draws, LoaderError, 
 from ijepa_ds.data.image_loader import ImageLoader
 from ijepa_ds.data.pretraining_loader import Batch, PretrainingLoader
 from ijepa_ds.errors import UserError
-from ijepa_ds.method.masks import CORRECTIONS, MultiblockSampler, ReferenceSampler
+from ijepa_ds.method.mask_draws import CORRECTIONS
+from ijepa_ds.method.masks import MultiblockSampler, ReferenceSampler
 from ijepa_ds.random_streams import CROP, permutation, stream
 
 IMAGE_SIZE, GRID = (16, 24), (4, 6)  # rows and columns; patches of 4 pixels

@@ -12,14 +12,9 @@ import numpy as np
 import pytest
 
 from ijepa_ds.errors import UserError
-from ijepa_ds.method import masks
-from ijepa_ds.method.masks import (
-    CORRECTIONS,
-    MaskSampler,
-    MultiblockSampler,
-    ReferenceSampler,
-    default_context_tokens,
-)
+from ijepa_ds.method import mask_draws
+from ijepa_ds.method.mask_draws import ATTEMPTS, CORRECTIONS
+from ijepa_ds.method.masks import MaskSampler, MultiblockSampler, ReferenceSampler, default_context_tokens
 from ijepa_ds.random_streams import MASK, below, stream, uniform
 
 # 4x4 is 32 px with patch 8, 6x6 is 96 with 16: the released code never ended there. 37x37 is DINOv2's 518 with 14.
@@ -177,7 +172,7 @@ def plainly_drawn(sampler: MultiblockSampler, step: int, sample: int) -> tuple[n
         return inside
 
     for attempt in itertools.count():
-        distinct = sampler.num_targets - attempt // masks.ATTEMPTS
+        distinct = sampler.num_targets - attempt // ATTEMPTS
         targets = [place(sizes.target) for _ in range(sampler.num_targets)]
         context = place(sizes.context)
         targets[max(distinct, 1) :] = [targets[0]] * (sampler.num_targets - max(distinct, 1))
@@ -209,7 +204,7 @@ def test_no_compiled_function_takes_another_as_an_argument():
     """numba's cache on disk loses such a function between processes: the next run's loading thread would die."""
     for make in (multiblock, reference):
         make((8, 8)).draw(0, 0)
-    compiled = [value for value in vars(masks).values() if isinstance(value, numba.core.dispatcher.Dispatcher)]
+    compiled = [value for value in vars(mask_draws).values() if isinstance(value, numba.core.dispatcher.Dispatcher)]
     arguments = [argument for function in compiled for signature in function.signatures for argument in signature]
     assert len(arguments) > 20
     assert not any(isinstance(argument, numba.types.Dispatcher) for argument in arguments)
