@@ -38,6 +38,7 @@ class Stopped(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """The command line of ``python -m ijepa_ds demo``."""
     parser = argparse.ArgumentParser(prog="./run.sh demo", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--config", default=CONFIG, help=f"the recipe (default: {CONFIG})")
     parser.add_argument("--images", type=int, default=12000, help="training scenes to make")
     parser.add_argument("--validation-images", type=int, default=3000)
     parser.add_argument("--data", default="data/scenes", help="folder for the scenes")
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _demo(options: argparse.Namespace, commands: Commands) -> None:
     began = time.monotonic()
-    config = load_config(PROJECT / CONFIG, options.set)
+    config = load_config(PROJECT / options.config, options.set)
     run = PROJECT / config.ijepa.run.folder / config.ijepa.run.name
     data = Path(options.data)
     _make_data(data, config.ijepa.data.image_size[0], options, commands)
@@ -66,7 +67,7 @@ def _demo(options: argparse.Namespace, commands: Commands) -> None:
     else:
         precision, reason = choose_precision(config, run, options.set)
         print(f"\n== precision: {reason}", flush=True)
-        _pretrain([*overrides, *precision, *options.set], commands)
+        _pretrain(options.config, [*overrides, *precision, *options.set], commands)
         if not export.exists():
             raise Stopped(_why_unfinished(config))
     results = run / "evaluation" / "results.json"
@@ -113,9 +114,9 @@ def _set_bf16(enabled: bool) -> str:
     return f"bf16.enabled={'true' if enabled else 'false'}"
 
 
-def _pretrain(overrides: list[str], commands: Commands) -> None:
+def _pretrain(config: str, overrides: list[str], commands: Commands) -> None:
     """One process, without the launcher: two on two cores are slower, and the batch is too small for several GPUs."""
-    command = [sys.executable, "run.py", "--config", CONFIG]
+    command = [sys.executable, "run.py", "--config", config]
     _call("pretrain", [*command, *(part for override in overrides for part in ("--set", override))], commands)
 
 
