@@ -38,7 +38,7 @@ class Stopped(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """The command line of ``python -m ijepa_ds demo``."""
     parser = argparse.ArgumentParser(prog="./run.sh demo", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", default=CONFIG, help=f"the recipe (default: {CONFIG})")
+    parser.add_argument("--config", default=CONFIG, help=f"the recipe, relative to the project (default: {CONFIG})")
     parser.add_argument("--images", type=int, default=12000, help="training scenes to make")
     parser.add_argument("--validation-images", type=int, default=3000)
     parser.add_argument("--data", default="data/scenes", help="folder for the scenes")

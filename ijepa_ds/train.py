@@ -201,7 +201,6 @@ class Run:
             start = self.folder.start(config) if process.is_main else None
             self.loaded = load_newest(self.folder.checkpoints, trainable.state(), process, start)
         first_step = 0 if self.loaded is None else self.loaded.step
-        has_saved = self.loaded is not None and self.loaded.checkpoint.parent == self.folder.checkpoints
         self.monitor = Monitor(
             self.folder.path,
             enabled=process.is_main,
@@ -228,7 +227,7 @@ class Run:
             process,
             steps_per_epoch=loader.steps_per_epoch,
             say=self.monitor.say,
-            saved_step=first_step if has_saved else -1,
+            saved_step=first_step if self._went_on() else -1,
             keep_step=first_step_of_cooldown(config.ijepa.optimization, loader.steps_per_epoch),
         )
         self.losses, self.votes = LossWindow(process), Votes(process)
@@ -313,6 +312,10 @@ class Run:
                 f"look at it with: tensorboard --logdir {self.folder.path.parent}"
             )
 
+    def _went_on(self) -> bool:
+        """Whether it began with a checkpoint of its own, not with another run's or none."""
+        return self.loaded is not None and self.loaded.checkpoint.parent == self.folder.checkpoints
+
     def _mirror(self) -> Mirror | None:
         name = self.config.ijepa.monitor.mirror
         return Mirror(name, self.folder.path, self.record) if name is not None and self.process.is_main else None
@@ -365,7 +368,7 @@ class Run:
         config, loader = self.config, self.loader
         millions = {name: count / 1e6 for name, count in self.trainable.num_parameters.items()}
         beginning = "starting at step 0" if self.loaded is None else f"going on from step {step}"
-        if self.loaded is not None and self.loaded.checkpoint.parent != self.folder.checkpoints:
+        if self.loaded is not None and not self._went_on():
             beginning += f" of {self.loaded.checkpoint}"
         return (
             f"{config.ijepa.run.name}: encoder {millions['context_encoder']:.1f} M, predictor "

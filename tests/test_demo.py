@@ -102,6 +102,15 @@ def test_a_run_that_ends_early_as_set_is_not_evaluated(tmp_path, called, capsys)
     assert "ijepa.run.stop_after_steps = 3; without it the same command goes on" in capsys.readouterr().out
 
 
+def test_another_recipe_is_what_is_trained(tmp_path, monkeypatch) -> None:
+    recipe, trained = tmp_path / "other.json", []
+    recipe.write_text((PROJECT / demo.CONFIG).read_text())
+    monkeypatch.setattr(Commands, "run", lambda self, command: trained.append(command) or 0)
+    demo.main([*arguments(tmp_path), "--config", str(recipe)])
+    command = next(command for command in trained if "run.py" in command)
+    assert command[command.index("--config") + 1] == str(recipe)
+
+
 def test_a_step_that_fails_is_one_sentence(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Commands, "run", lambda self, command: 3)
     with pytest.raises(UserError, match="step 'scenes' ended with exit code 3"):

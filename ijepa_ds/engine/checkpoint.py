@@ -69,7 +69,7 @@ def load_newest(folder: Path, state: State, process: Process, start: Path | None
     """
     # Rank 0 decides: on a shared file system others may see it late.
     own = list_checkpoints(folder)[::-1] if process.is_main else []
-    found = from_main(own or [path for path in [start] if path is not None], process)
+    found = from_main(own or ([] if start is None else [start]), process)
     damaged: list[Damaged] = []
     for checkpoint in found:
         try:

@@ -66,8 +66,7 @@ class RunFolder:
                 )
         elif (start := self.start(config)) is not None:  # a folder without a checkpoint has nothing to protect
             there = find_checkpoint(start)[0]
-            same_name = config.changed("run", name=read_run_config(there).ijepa.run.name)
-            if differing := _differing(there, checkpoint_step(start), same_name, num_images):
+            if differing := _differing(there, checkpoint_step(start), config, num_images, free=("ijepa.run.name",)):
                 raise UserError(
                     f"{start} (ijepa.run.start_from) is of another recipe, which cannot be gone on with; take over its "
                     f"settings, or leave ijepa.run.start_from out. What differs:{listing(differing)}"
@@ -126,13 +125,17 @@ class RunFolder:
         return next(reversed(list_checkpoints(self.checkpoints)), None)
 
 
-def _differing(path: Path, step: int, config: Config, num_images: int) -> list[str]:
-    """A line for each setting that does not allow ``config`` to go on after ``step`` steps of the run in ``path``."""
+def _differing(path: Path, step: int, config: Config, num_images: int, *, free: tuple[str, ...] = ()) -> list[str]:
+    """A line for each setting that does not allow ``config`` to go on after ``step`` steps of the run in ``path``.
+
+    ``free``: settings that may differ.
+    """
     saved, saved_images = read_run_record(path)
     then, now = saved.recipe(), config.recipe()
     if _may_end_elsewhere(saved, config, num_images, path, step):
-        for key in _ENDS:
-            now[key] = then[key]
+        free += _ENDS
+    for key in free:
+        now[key] = then[key]
     if saved_images is not None:
         then["images in ijepa.data.train"], now["images in ijepa.data.train"] = saved_images, num_images
     return [

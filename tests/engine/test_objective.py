@@ -189,6 +189,10 @@ def test_what_a_run_may_start_from(
     if says is None:
         RunFolder(here).check_belongs(here, 4 * GLOBAL_BATCH)
         assert str(RunFolder(here).start(here)) == start["ijepa__run__start_from"]
+        own = tmp_path / "here" / "checkpoints" / "step_000000005"
+        own.mkdir(parents=True)
+        (own / "state.json").touch()
+        assert RunFolder(here).start(here) is None  # what there is of its own counts
     else:
         with pytest.raises(UserError, match=says):
             RunFolder(here).check_belongs(here, 4 * GLOBAL_BATCH)
